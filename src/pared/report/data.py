@@ -1,0 +1,193 @@
+"""The report as plain data, schema version 1: what `report.json` holds. No torch here, so that reading a report is quick.
+
+Ratios are 0 to 1, never percent; units are in the names. `render` and `html` turn this into what people read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from pared.errors import ArtifactError
+
+Verdict = Literal["faster", "slower", "no measurable change"]
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call."""
+
+    p50: float
+    p90: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speedup:
+    """Baseline time over this stage's time, interleaved, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close two sets of outputs are. `sqnr_db` is None where they are equal (an infinite ratio), `agreement` where
+    outputs are not class scores."""
+
+    sqnr_db: float | None
+    max_abs: float
+    agreement: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A candidate that was left as it was."""
+
+    module: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One row of the per-layer table: what a layer became, and its share of the work."""
+
+    module: str
+    kind: str
+    params: int
+    macs: int
+    became: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured on one exported file. None: not measured."""
+
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    latency_ms: Latency | None = None
+    speedup: Speedup | None = None
+    size_bytes: int | None = None
+    params: int | None = None
+    nonzero_params: int | None = None
+    macs: int | None = None
+    peak_memory_bytes: int | None = None
+    parity: Agreement | None = None
+    fidelity: Agreement | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage(Figures):
+    """One row of the ledger; the first is the baseline.
+
+    Attributes:
+        name: Shown to people: "baseline", "1 QuantizeStatic".
+        step: The step's settings with its name under "step", or None for the baseline.
+        block: Which block the stage belongs to; the baseline is block 0.
+        kept: False where the block was rolled back.
+        why: The reason for a roll back, or for `measured` being False; else "".
+        measured: False where the runtime cannot run here; the figures are then None.
+        seconds: Time that the stage took, without measuring.
+        changed: Names of modules that changed.
+        skipped: Candidates that did not, with the reason.
+        layers: The per-layer table of this stage.
+    """
+
+    name: str
+    step: Mapping[str, Any] | None
+    block: int
+    kept: bool = True
+    why: str = ""
+    measured: bool = True
+    seconds: float = 0.0
+    changed: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    layers: tuple[Layer, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Final(Figures):
+    """What ships, with `metrics` on `test` data, and the baseline's on the same."""
+
+    stage: str
+    baseline_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    baseline_size_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How latency was taken."""
+
+    batch_size: int
+    threads: int
+    host: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The ledger: one row a stage, then the verdict."""
+
+    environment: Mapping[str, Any]
+    timing: Timing
+    target: str
+    task: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    final: Final | None
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; infinities and NaN become None."""
+        data: dict[str, Any] = finite(dataclasses.asdict(self))
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_json`. Raises: ArtifactError for another schema version or missing entries."""
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(f"report schema version {version}, this pared reads {SCHEMA_VERSION}; use its own version")
+        try:
+            return pydantic.TypeAdapter(cls).validate_python(dict(data))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise ArtifactError(f"report.json is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in a file, or in an artifact's folder. Raises: ArtifactError."""
+        file = path / "report.json" if path.is_dir() else path
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf8")))
+        except FileNotFoundError:
+            raise ArtifactError(f"no report at {file}; give an artifact's folder or its report.json") from None
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{file} is not JSON ({error.msg}, line {error.lineno})") from None
+
+    def __str__(self) -> str:
+        from pared.report.render import to_text
+
+        return to_text(self)
+
+    def _repr_html_(self) -> str:
+        from pared.report.html import ledger_html
+
+        return ledger_html(self)
+
+
+def finite(value: Any) -> Any:
+    """The same data with None for every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

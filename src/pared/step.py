@@ -1,0 +1,237 @@
+"""The nouns that every technique shares: Edit, Skip, Plan, Step, Context, Scheme, Target.
+
+A step is its own configuration: a frozen, strict, keyword-only dataclass made by `settings`, with `plan` (reads only) and `apply`.
+This file knows no technique and no runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, dataclass_transform
+
+import pydantic
+import pydantic.dataclasses
+
+from pared.errors import SettingError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from pared.task import Task
+
+T = TypeVar("T")
+EditKind = Literal["slice", "replace", "set_attribute", "cast", "mask", "quantize"]
+Need = Literal["calibration", "train", "validation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One change of structure, as plain data.
+
+    Attributes:
+        kind: One of the closed set that `surgery` replays; `quantize` is the last, and makes an exported program.
+        module: Dotted name of the module that changes, as in `named_modules()`.
+        detail: Whatever the kind needs, JSON only.
+    """
+
+    kind: EditKind
+    module: str
+    detail: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A candidate that a step left as it was, and why."""
+
+    module: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step will change, as plain data that survives JSON unchanged.
+
+    Attributes:
+        step: Name of the step's class.
+        settings: The step's settings, as `settings_of` gives them.
+        edits: What changes, in order.
+        skips: Every candidate that does not change, with the reason.
+        facts: What the step decided on (ranges, scores), so that `apply` needs no data.
+        estimate: True where a dry run could only estimate.
+    """
+
+    step: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    estimate: bool = False
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the modules that change, each once, in order."""
+        return tuple(dict.fromkeys(edit.module for edit in self.edits))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: dictionaries, lists, strings, numbers."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls(
+            step=data["step"],
+            settings=data["settings"],
+            edits=tuple(Edit(**edit) for edit in data["edits"]),
+            skips=tuple(Skip(**skip) for skip in data["skips"]),
+            facts=data["facts"],
+            estimate=data["estimate"],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a runtime wants tensors quantized. `quantize.placement` reads it; each target declares one.
+
+    Attributes:
+        activation_dtype: Integer type of activations.
+        activation_symmetric: True puts every activation's zero point at 0.
+        weight_dtype: Integer type of weights; always symmetric, one scale for each output channel.
+        compute: Operators that run in integers when all their inputs are quantized.
+        follow: Operators that pass the quantization of their input through unchanged (pooling by maximum, reshapes).
+        absorb: Activations that the runtime fuses into the operator before them.
+    """
+
+    activation_dtype: Literal["uint8", "int8"]
+    activation_symmetric: bool
+    weight_dtype: Literal["int8"] = "int8"
+    compute: frozenset[str]
+    follow: frozenset[str]
+    absorb: frozenset[str]
+
+
+class Session(Protocol):
+    """An exported file, opened in its runtime."""
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """All outputs for the given inputs, both in the file's order."""
+
+
+class Target(Protocol):
+    """A runtime that ships models."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def filename(self) -> str:
+        """Name of the exported file inside an artifact."""
+
+    def export(self, model: nn.Module, task: Task, path: Path) -> None:
+        """Write `model` to `path` for this runtime. Raises: TargetError, CaptureError."""
+
+    def open(self, path: Path, *, threads: int) -> Session:
+        """The file, ready to run. Raises: TargetError."""
+
+    def environment(self) -> dict[str, str]:
+        """Versions and session options, for the report."""
+
+
+class Progress(Protocol):
+    """Told how far a long piece of work is."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def silent(what: str, done: int, total: int, note: str = "") -> None:
+    """The progress that says nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a step may ask of the run.
+
+    Attributes:
+        task: What the model is for.
+        target: The runtime that it ships on.
+        work: Folder for the step's own checkpoints and caches; survives a kill.
+        dense: The model as it came in; the default teacher. Never changed.
+        seed: Seed of everything random.
+        history: Plans of the steps kept so far, oldest first.
+        deadline: `time.monotonic()` at which searches should stop, or None.
+        dry: True when only planning: nothing expensive, estimates marked.
+        progress: Told how far long work is.
+    """
+
+    task: Task
+    target: Target
+    work: Path
+    dense: nn.Module
+    seed: int = 0
+    history: tuple[Plan, ...] = ()
+    deadline: float | None = None
+    dry: bool = False
+    progress: Progress = silent
+
+
+class Step(Protocol):
+    """One technique with its settings."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The data that the step reads; may depend on its settings."""
+
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        """What would change. Reads only. Raises: PlanError where nothing would, or the order cannot work."""
+
+    def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
+        """A changed copy of `model`; `model` itself stays as it is."""
+
+
+def explain(error: pydantic.ValidationError, owner: str, valid: list[str]) -> str:
+    """One line for a pydantic error, in the caller's terms."""
+    parts = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+            parts.append(f"{owner} has no setting {path!r}; {nearest(path, valid)}")
+        else:
+            parts.append(f"{owner}.{path}: {item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}")
+    return "; ".join(parts)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen, strict, keyword-only dataclass whose mistakes raise `SettingError`.
+
+    Write each field as `Annotated[type, pydantic.Field(description=..., ge=...)]`: help texts, option tables and the
+    recipe's JSON schema are all generated from it.
+    """
+    made = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid"))(cls)
+    init: Callable[..., None] = made.__init__
+
+    @functools.wraps(init)
+    def checked_init(self: T, *args: Any, **kwargs: Any) -> None:
+        valid = [field.name for field in dataclasses.fields(made)]
+        if args:
+            raise SettingError(f"{cls.__name__} takes its settings by name: {', '.join(valid)}")
+        try:
+            init(self, **kwargs)
+        except pydantic.ValidationError as error:
+            raise SettingError(explain(error, cls.__name__, valid)) from None
+
+    made.__init__ = checked_init  # type: ignore[method-assign]
+    return made  # type: ignore[return-value]
+
+
+def settings_of(step: Any) -> dict[str, Any]:
+    """A step's settings as plain JSON data."""
+    data: dict[str, Any] = pydantic.TypeAdapter(type(step)).dump_python(step, mode="json")
+    return data
