@@ -1,0 +1,86 @@
+"""On what machine and with which versions a figure was taken. Describes the hardware; names no user, host or folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("pared", "torch", "numpy", "onnx", "onnxruntime")
+# What decides how fast, and on x86 how exactly, int8 arithmetic runs. Keys are the kernel's names of the flags.
+INSTRUCTION_SETS = {
+    "avx2": "avx2",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512_vnni",
+    "avx_vnni": "avx_vnni",
+    "amx_int8": "amx_int8",
+    "asimddp": "asimd_dot",
+    "i8mm": "i8mm",
+}
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """The machine, the versions and the seed, as plain data for the report."""
+    return {
+        "cpu": cpu_model(),
+        "logical_cores": psutil.cpu_count(logical=True),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "usable_cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "instruction_sets": instruction_sets(),
+        "os": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := version_of(name)) is not None},
+        "seed": seed,
+    }
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: its affinity, cut by a container's quota."""
+    affinity = os.sched_getaffinity(0) if sys.platform == "linux" else ()
+    cores = len(affinity) or os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(int(quota) // int(period), 1))  # "max" is no number: no quota
+    return cores
+
+
+def cpu_info() -> dict[str, str]:
+    """The first processor's entries in /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_model() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that integer kernels use, of those that this processor has."""
+    info = cpu_info()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,31 @@
+"""The gate that an exported file must pass: agree with the PyTorch model of the same stage."""
+
+from __future__ import annotations
+
+from pared.errors import ParityError
+from pared.report.data import Agreement
+
+# A float export runs the same arithmetic in another order. One float32 operation rounds by 2^-24 relative (144 dB);
+# networks of some hundred layers lose 20 to 50 dB of that to accumulation and fused kernels. A wrong axis, weight or
+# padding leaves less than 40 dB. 60 dB, an RMS error of 0.1 %, lies between the two.
+FLOAT_FLOOR_DB = 60.0
+
+
+def check_parity(agreement: Agreement, *, floor_db: float = FLOAT_FLOOR_DB, where: str) -> None:
+    """Raise `ParityError` where a file is further from its own PyTorch model than rounding explains.
+
+    Args:
+        agreement: The file's outputs against the model's.
+        floor_db: Least SQNR in dB. An integer file needs a lower one than a float file: where a value lies on the
+            border of two quanta, a difference in the last bit becomes a whole quantum.
+        where: The stage, for the message.
+    """
+    if agreement.sqnr_db is None or agreement.sqnr_db >= floor_db:
+        return
+    same = "" if agreement.agreement is None else f", same class on {agreement.agreement:.1%} of samples"
+    raise ParityError(
+        f"{where}: the exported file and its PyTorch model disagree: SQNR {agreement.sqnr_db:.1f} dB where at least "
+        f"{floor_db:.1f} dB is expected (largest difference {agreement.max_abs:.3g}{same}); "
+        "the file is not what was measured in PyTorch, so the run stops here. "
+        "Compare the outputs of single layers to find the operator that the runtime computes differently"
+    )

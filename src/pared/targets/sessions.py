@@ -1,0 +1,156 @@
+"""Exported files opened in their runtimes, without torch: what a worker process, `predict` and `bench` share.
+
+Exporting is each target's own file. A further runtime joins by one class and one row in `RUNTIMES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pared.errors import TargetError, UsageError, nearest
+
+ONNX_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(int16)": "int16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """One input of a file. A free dimension is given by its name, or "" where it has none."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class OpenSession(Protocol):
+    """An exported file, opened in its runtime."""
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]: ...
+    @property
+    def options(self) -> Mapping[str, str]:
+        """How the runtime was set up, for the report."""
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """All outputs for the given inputs, both in the file's order. Raises: TargetError."""
+
+
+class OnnxRuntimeSession:
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    Spinning is off: a thread pool that spins between calls takes the cores from whoever runs next to it.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise TargetError(
+                f"the target onnxruntime needs the package onnxruntime ({error}); pip install onnxruntime"
+            ) from None
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.log_severity_level = 3
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        except self.refusals() as error:
+            raise TargetError(f"onnxruntime refuses {path.name}: {error}") from None
+        self.inputs = tuple(
+            InputSpec(
+                item.name, tuple(size if isinstance(size, int) else size or "" for size in item.shape), dtype_of(item)
+            )
+            for item in self.session.get_inputs()
+        )
+        self.options = {
+            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "provider": "CPUExecutionProvider",
+            "intra_op_num_threads": str(threads),
+            "inter_op_num_threads": "1",
+            "execution_mode": "sequential",
+            "graph_optimization_level": "all",
+            "allow_spinning": "no",
+        }
+
+    @staticmethod
+    def refusals() -> tuple[type[Exception], ...]:
+        """What ONNX Runtime raises: its own exceptions share no root, and some are plain."""
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        own = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
+        return (*own, RuntimeError, ValueError, TypeError)
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """All outputs for the given inputs, both in the file's order. Raises: TargetError."""
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(item.name for item in self.inputs)
+            raise TargetError(f"the file takes {len(self.inputs)} inputs ({names}), found {len(inputs)}")
+        feed = {item.name: array for item, array in zip(self.inputs, inputs, strict=True)}
+        try:
+            outputs: list[np.ndarray] = self.session.run(None, feed)
+        except self.refusals() as error:
+            raise TargetError(f"onnxruntime cannot run the file on these inputs: {error}") from None
+        return outputs
+
+
+def dtype_of(item: Any) -> str:
+    """The numpy name of an input's type. Raises: TargetError for one that is no tensor of numbers."""
+    if item.type not in ONNX_DTYPES:
+        raise TargetError(f"input {item.name} is a {item.type}; files with tensors of numbers can be run")
+    return ONNX_DTYPES[item.type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """One row of the table: the name of the file inside an artifact, and what opens it."""
+
+    filename: str
+    open: Callable[[Path, int], OpenSession]
+
+
+RUNTIMES = {"onnxruntime": Runtime("model.onnx", OnnxRuntimeSession)}
+
+
+def runtime(target: str) -> Runtime:
+    """The row of a target. Raises: UsageError for one that opens no files."""
+    if target not in RUNTIMES:
+        raise UsageError(f"no runtime opens files of target {target!r}; {nearest(target, RUNTIMES)}")
+    return RUNTIMES[target]
+
+
+def open_session(target: str, path: Path, *, threads: int) -> OpenSession:
+    """An exported file, ready to run.
+
+    Args:
+        target: Name of a row of `RUNTIMES`.
+        path: The exported file.
+        threads: Threads of one call, at least 1.
+
+    Raises:
+        UsageError: No such target or file, or no thread.
+        TargetError: The runtime is not installed, or refuses the file.
+    """
+    row = runtime(target)
+    if threads < 1:
+        raise UsageError(f"a session needs at least one thread, found {threads}")
+    if not path.is_file():
+        raise UsageError(f"no file at {path}")
+    return row.open(path, threads)
