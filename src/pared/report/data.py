@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -18,6 +18,8 @@ from pared.errors import ArtifactError
 
 Verdict = Literal["faster", "slower", "no measurable change"]
 SCHEMA_VERSION = 1
+# JSON has no NaN: a figure that was not finite is written as null, and read back as NaN instead of as a damaged file.
+Number = Annotated[float, pydantic.BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Agreement:
     outputs are not class scores."""
 
     sqnr_db: float | None
-    max_abs: float
+    max_abs: Number
     agreement: float | None
 
 
@@ -71,7 +73,7 @@ class Layer:
 class Figures:
     """What was measured on one exported file. None: not measured."""
 
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     latency_ms: Latency | None = None
     speedup: Speedup | None = None
     size_bytes: int | None = None
@@ -117,7 +119,7 @@ class Final(Figures):
     """What ships, with `metrics` on `test` data, and the baseline's on the same."""
 
     stage: str
-    baseline_metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    baseline_metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     baseline_size_bytes: int | None = None
 
 
@@ -132,7 +134,18 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """The ledger: one row a stage, then the verdict."""
+    """The ledger: one row a stage, then the verdict.
+
+    Attributes:
+        environment: CPU, instruction sets, library versions, seed; may nest.
+        timing: How latency was taken.
+        target: Name of the runtime.
+        task: What the model is for, shown as it is. `higher_is_better` {metric: bool} gives each metric's direction;
+            without it a report shows both figures and does not say which is better.
+        stages: The ledger's rows; the first is the baseline.
+        final: What ships, or None where the run did not reach its end.
+        recipe: What `pared run` needs to repeat the run; empty where it cannot be written down.
+    """
 
     environment: Mapping[str, Any]
     timing: Timing

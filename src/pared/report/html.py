@@ -1,0 +1,161 @@
+"""The report as one offline HTML page, and its ledger as a fragment for notebooks.
+
+Everything is inline, and the page's own content security policy forbids every request and every script but ours; foreign
+text (layer names, metrics, reasons) only ever enters through the template engine's escaping.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from pared.report import words
+from pared.report.data import Layer, Report, Stage, finite
+from pared.report.plots import plots
+
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("pared.report", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """One figure of what ships, beside the baseline's."""
+
+    title: str
+    value: str
+    before: str
+    change: str
+    sign: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipRow:
+    """Layers that one stage left as they were for one reason."""
+
+    stage: str
+    reason: str
+    modules: tuple[str, ...]
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the page to a file."""
+    path.write_text(page(report), encoding="utf8")
+
+
+def page(report: Report) -> str:
+    """The whole report as one HTML page that needs nothing else."""
+    style, script = source("page.css"), source("page.js")
+    return ENVIRONMENT.get_template("page.html").render(
+        report=report,
+        w=words,
+        style=style,
+        script=script,
+        style_hash=digest(style),
+        script_hash=digest(script),
+        headline=words.headline(report),
+        metrics=words.metric_names(report),
+        blocks=blocks(report),
+        cards=cards(report),
+        plots=plots(report),
+        layer_tables=layer_tables(report),
+        skips=skips(report),
+        recipe=recipe_text(report.recipe),
+    )
+
+
+def ledger_html(report: Report) -> str:
+    """The verdict and the ledger as a fragment with its own style, for notebooks."""
+    return ENVIRONMENT.get_template("fragment.html").render(
+        report=report,
+        w=words,
+        style=source("fragment.css"),
+        headline=words.headline(report),
+        metrics=words.metric_names(report),
+        blocks=blocks(report),
+    )
+
+
+def source(name: str) -> str:
+    """The text of a file beside this one."""
+    loader = ENVIRONMENT.loader
+    return "" if loader is None else loader.get_source(ENVIRONMENT, name)[0]
+
+
+def digest(text: str) -> str:
+    """What a content security policy calls an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def blocks(report: Report) -> list[list[Stage]]:
+    """The stages, grouped by block, in order."""
+    groups: list[list[Stage]] = []
+    for stage in report.stages:
+        if groups and groups[-1][0].block == stage.block:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def cards(report: Report) -> list[Card]:
+    """The figures that decide, of what ships: metrics on test data, latency, size, memory."""
+    final, first = report.final, words.baseline(report)
+    if final is None or first is None:
+        return []
+    found = []
+    for name in list(dict.fromkeys([*final.baseline_metrics, *final.metrics])):
+        before, after = final.baseline_metrics.get(name), final.metrics.get(name)
+        sign, change = (0, "") if before is None or after is None else words.drop(report, name, before, after)
+        value = words.metric_value(name, after)
+        found.append(Card(f"{name}, test data", value, words.metric_value(name, before), change, sign))
+    if not found:
+        found.append(Card("quality, test data", words.NOT_MEASURED, "", words.NO_TEST_METRIC, 0))
+    after_ms = words.milliseconds(final.latency_ms.p50 if final.latency_ms else None)
+    before_ms = words.milliseconds(first.latency_ms.p50 if first.latency_ms else None)
+    sign, change = words.speed(final.speedup)
+    if final.speedup is not None:
+        change += f" ({words.interval(final.speedup)})"
+    found.append(Card("latency p50", after_ms, before_ms, change, sign))
+    for title, before_bytes, after_bytes in (
+        ("exported file", final.baseline_size_bytes, final.size_bytes),
+        ("peak memory", first.peak_memory_bytes, final.peak_memory_bytes),
+    ):
+        sign, change = words.shrink(before_bytes, after_bytes)
+        found.append(Card(title, words.size(after_bytes), words.size(before_bytes), change, sign))
+    return found
+
+
+def layer_tables(report: Report) -> list[tuple[Stage, list[tuple[Layer, float | None]]]]:
+    """Per-layer tables, what ships first: each layer with its share of the MACs (None where none were counted)."""
+    ships = report.final.stage if report.final else ""
+    tables = []
+    for stage in sorted((s for s in report.stages if s.layers), key=lambda s: s.name != ships):
+        total = sum(layer.macs for layer in stage.layers)
+        tables.append((stage, [(layer, layer.macs / total if total else None) for layer in stage.layers]))
+    return tables
+
+
+def skips(report: Report) -> list[SkipRow]:
+    """Every skipped candidate, grouped by stage and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for stage in report.stages:
+        for skip in stage.skipped:
+            groups.setdefault((stage.name, skip.reason), []).append(skip.module)
+    return [SkipRow(stage, reason, tuple(modules)) for (stage, reason), modules in groups.items()]
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The recipe as YAML, or "" where the run had none that can be written down."""
+    return yaml.safe_dump(finite(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
