@@ -55,7 +55,7 @@ contract: $(VENV)/dev.stamp
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m contract tests
 
 docs: $(VENV)/docs.stamp
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/bench.stamp
 	@test -n '$(NAME)' || { echo 'say which: make bench NAME=..., one of' $(basename $(notdir $(wildcard benchmarks/*.py))) >&2; exit 2; }

@@ -1,0 +1,138 @@
+"""The documentation is true: every example runs, every table can be made, every page is found.
+
+A page's Python blocks run in order in one namespace, in an empty folder. A block with `title="name"` is written to that
+file instead, so that commands that follow can read it. Lines of bash blocks that start with `pared` run too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)?(?: title=\"([^\"]+)\")?(?: .*)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Commands that a page shows and that have tests of their own, because they take too long or read what only a user has.
+ELSEWHERE = re.compile(r"pared (demo|run .*imagenet)")
+
+
+def examples(page: Path) -> list[tuple[str, str, str]]:
+    """Language, title and text of every fenced block."""
+    return [(found[1] or "", found[2] or "", found[3]) for found in FENCE.finditer(page.read_text(encoding="utf8"))]
+
+
+def runnable(page: Path) -> bool:
+    return any(
+        language == "python" or (language == "bash" and re.search("^pared ", text, re.MULTILINE))
+        for language, _, text in examples(page)
+    )
+
+
+def relative(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=relative)
+def test_page_examples_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, (language, title, text) in enumerate(examples(page), 1):
+        if title:
+            (tmp_path / title).write_text(text, encoding="utf8")
+        elif language == "python":
+            exec(compile(text, f"{relative(page)}, block {number}", "exec"), namespace)  # noqa: S102  # our own pages
+        elif language == "bash":
+            for line in re.sub(r"\\\n\s*", "", text).splitlines():
+                run_command(line.split(" #")[0].strip())
+
+
+def run_command(line: str) -> None:
+    if not line.startswith("pared ") or ELSEWHERE.match(line):
+        return
+    done = subprocess.run(
+        [sys.executable, "-m", "pared", *shlex.split(line)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.strip(), f"{line} printed nothing"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "docs_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_page_markers_all_become_tables(page: Path, hooks: ModuleType) -> None:
+    made = hooks.on_page_markdown(page.read_text(encoding="utf8"))
+    assert not hooks.MARKER.search(made)
+
+
+def test_hooks_list_every_setting_of_every_step(hooks: ModuleType) -> None:
+    import dataclasses
+
+    from pared.recipe import STEPS, step_class
+
+    text = hooks.steps()
+    missing = [
+        f"{name}.{field.name}"
+        for name in STEPS
+        for field in dataclasses.fields(step_class(name))
+        if f"| `{field.name}` |" not in text.split(f"## {name}\n")[1].split("\n## ")[0]
+    ]
+    assert missing == []
+
+
+def test_hooks_stop_the_build_when_a_marker_is_unknown(hooks: ModuleType) -> None:
+    with pytest.raises(KeyError, match="optoins"):
+        hooks.on_page_markdown("<!-- optoins: Train -->")
+
+
+def test_hooks_show_a_lost_claim_as_lost(hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "speed.json").write_text(
+        '{"environment": {"cpu": "Abacus"}, "claims": [{"what": "size", "value": 3.123456, "relation": ">=", '
+        '"bound": 3.5, "holds": false}]}'
+    )
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    assert "| size | 3.123 | >= 3.5 | **no** |" in hooks.results("speed")
+
+
+def test_navigation_lists_every_page_once() -> None:
+    listed = re.findall(
+        r"^\s+- (?:\w+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf8"), re.MULTILINE
+    )
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    records = {page for page in pages if re.match(r"decisions/\d{4}-", page)}
+    assert sorted(listed) == sorted(pages - records)
+
+
+def test_decisions_index_links_every_record() -> None:
+    index = (ROOT / "docs" / "decisions" / "index.md").read_text(encoding="utf8")
+    records = {path.name for path in (ROOT / "docs" / "decisions").glob("[0-9]*.md")}
+    assert records
+    assert set(re.findall(r"\]\((\d{4}-[\w-]+\.md)\)", index)) == records
+
+
+def test_links_between_pages_lead_to_files() -> None:
+    broken = [
+        f"{relative(page)}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text(encoding="utf8")))
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
