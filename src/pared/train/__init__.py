@@ -1,0 +1,1 @@
+"""Training: one loop on Lightning Fabric, callbacks that mix techniques into it, and the step `Train`."""

@@ -1,0 +1,83 @@
+"""Callbacks: how techniques join a training, so that several run together in one.
+
+The loop calls every hook of each callback in the order of the list, `on_end` in the opposite order, so that what was
+put on last comes off first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from pared.step import Context, Need
+from pared.task import Batch
+
+
+class Callback:
+    """One technique in a training. Every hook does nothing unless overridden."""
+
+    def on_start(self, model: nn.Module) -> nn.Module:
+        """The model to train: `model`, a copy of the caller's on the device that trains, or a replacement."""
+        return model
+
+    def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
+        """The loss to go on with, given the one so far and the model's raw outputs."""
+        return current
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Gradients are there, the optimizer has not stepped yet."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """The optimizer has stepped."""
+
+    def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
+        """All batches of epoch `epoch`, counted from 0, are done; nothing is validated or saved yet."""
+
+    def on_end(self, model: nn.Module) -> nn.Module:
+        """The model to return; the best weights are back in place."""
+        return model
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the callback's own that the optimizer trains too; asked for after `on_start`."""
+        return ()
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a resumed run needs, its own parameters included: tensors, numbers, strings, lists, dictionaries."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; called after `on_start`."""
+
+
+class During(Protocol):
+    """The settings of a technique that runs while training; stands in `Train(during=[...])`."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The data that the technique reads, beside what `Train` does."""
+
+    def callback(self, ctx: Context) -> Callback:
+        """A fresh callback for one training."""
+
+
+class KeepZeros(Callback):
+    """Weights that are 0 at the start stay 0.
+
+    Args:
+        names: Dotted names of parameters whose zeros are kept.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.zeros: dict[str, Tensor] = {}
+
+    def on_start(self, model: nn.Module) -> nn.Module:
+        self.zeros = {name: model.get_parameter(name).detach() == 0 for name in self.names}
+        return model
+
+    def after_step(self, model: nn.Module) -> None:
+        for name, zeros in self.zeros.items():
+            # Filled, not multiplied: a product leaves -0.0 here and there, which is another bit pattern.
+            model.get_parameter(name).detach().masked_fill_(zeros, 0)

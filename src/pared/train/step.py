@@ -1,0 +1,122 @@
+"""The step `Train`: its settings, what it plans, and the loop run with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pydantic
+from torch import nn
+from torch._ops import OpOverload
+from torch.fx import GraphModule
+
+from pared.errors import PlanError, UsageError
+from pared.step import Context, Need, Plan, Skip, settings, settings_of
+from pared.train.callbacks import During, KeepZeros
+from pared.train.checkpoint import fingerprint
+from pared.train.loop import fit
+from pared.train.optimizers import SGD, Optimizer
+from pared.train.schedules import Cosine, Schedule
+from pared.train.seeding import isolated, seed_all
+
+
+def is_during(value: Any) -> During:
+    """The same value, if it can run while training."""
+    if not (hasattr(value, "needs") and callable(getattr(value, "callback", None))):
+        raise ValueError("a technique that runs while training has `needs` and `callback(ctx)`")
+    return value  # type: ignore[no-any-return]
+
+
+Technique = Annotated[
+    Any,
+    pydantic.AfterValidator(is_during),
+    pydantic.PlainSerializer(lambda value: {type(value).__name__: settings_of(value)}),
+]
+
+
+@settings
+class Train:
+    """Train all weights that require a gradient, with the task's loss on its `train` data."""
+
+    epochs: Annotated[int, pydantic.Field(description="Times that every sample is seen.", ge=1)] = 3
+    lr: Annotated[
+        float | None,
+        pydantic.Field(
+            description="Highest learning rate. None: the optimizer's own, 0.01 for sgd, 0.001 for adamw.", gt=0
+        ),
+    ] = None
+    optimizer: Annotated[Optimizer, pydantic.Field(description="sgd or adamw, with its settings.")] = SGD()
+    schedule: Annotated[
+        Schedule, pydantic.Field(description="How the learning rate moves: constant, cosine or step.")
+    ] = Cosine()
+    patience: Annotated[
+        int | None,
+        pydantic.Field(
+            description="Epochs without a better figure on validation data after which to stop, and return the best "
+            "epoch's weights. None: train all epochs and return the last.",
+            ge=1,
+        ),
+    ] = None
+    during: Annotated[tuple[Technique, ...], pydantic.Field(description="Techniques that run while training.")] = ()
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The data that the step reads."""
+        own: frozenset[Need] = frozenset({"train"} if self.patience is None else {"train", "validation"})
+        return own.union(*(technique.needs for technique in self.during))
+
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        """No edit of structure; how much there is to train. Raises: PlanError, UsageError."""
+        quantized = any(edit.kind == "quantize" for plan in ctx.history for edit in plan.edits)
+        if quantized or is_exported(model):
+            raise PlanError("Train: the model is an exported or quantized program; move Train before QuantizeStatic")
+        ctx.task.require("train", "Train")
+        if self.patience is not None:
+            ctx.task.require("validation", "Train(patience=...)")
+        if ctx.task.loss is None:
+            raise UsageError("Train needs a loss; give it as Task(loss=...), e.g. loss=nn.CrossEntropyLoss()")
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if trained == 0 and not self.during:
+            raise PlanError("Train: no parameter requires a gradient; unfreeze some with parameter.requires_grad_()")
+        kept, gone = masked(model, ctx)
+        return Plan(
+            step="Train",
+            settings=settings_of(self),
+            skips=tuple(Skip(name, "its masked weights are gone, so no zeros to keep") for name in gone),
+            facts={"epochs": self.epochs, "trained_params": trained, "keep_zeros": kept},
+        )
+
+    def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
+        """A trained copy. Raises: TrainError, DataError, UsageError, PlanError."""
+        with isolated(ctx.task):
+            # Data that is shuffled or augmented at random shows the same first batches to every fingerprint.
+            seed_all(ctx.task, ctx.seed, 0)
+            name = fingerprint(model, ctx.task, {**settings_of(self), **plan.facts}, ctx.seed)
+        return fit(
+            model,
+            ctx.task,
+            epochs=self.epochs,
+            lr=self.optimizer.default_lr if self.lr is None else self.lr,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            patience=self.patience,
+            callbacks=[KeepZeros(plan.facts["keep_zeros"]), *(item.callback(ctx) for item in self.during)],
+            seed=ctx.seed,
+            checkpoint=ctx.work / f"train-{name[:16]}.pt",
+            progress=ctx.progress,
+        )
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether a model is a graph of low-level operators, in which the modes of dropout and batch norm are fixed. Graph
+    modules that call modules train as any other model does."""
+    if not isinstance(model, GraphModule):
+        return False
+    return any(isinstance(node.target, OpOverload) for node in model.graph.nodes)
+
+
+def masked(model: nn.Module, ctx: Context) -> tuple[list[str], list[str]]:
+    """Names of the parameters whose zeros the history wants kept: those that `model` has, and those that are gone."""
+    edits = [edit for plan in ctx.history for edit in plan.edits if edit.kind == "mask"]
+    names = dict.fromkeys(f"{edit.module}.{edit.detail['tensor']}".removeprefix(".") for edit in edits)
+    present = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name in present], [name for name in names if name not in present]
