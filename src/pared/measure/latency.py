@@ -1,7 +1,10 @@
 """How long files take, timed in turn, and whether one is faster than another: with an interval and a verdict.
 
-Before-then-after timing measures the weather. Here each file has a worker process of its own, and turns of a few milliseconds
-are handed from one to the next, so that a slow second hits all of them alike and cancels in the ratio.
+Before-then-after timing measures the weather. Here each file has a worker process of its own, and turns of a few
+milliseconds are handed from one to the next, so that a slow second hits all of them alike and cancels in the ratio.
+What does not cancel is luck that lasts as long as a process does (which cores its threads settle on, where its memory
+lies): two workers of the same file differ by it for their whole life. So the workers are started anew several times, and
+the interval is taken over these sittings.
 """
 
 from __future__ import annotations
@@ -18,15 +21,19 @@ from pared.errors import MeasureError
 from pared.measure.process import WorkerProcess
 from pared.report.data import Latency, Speedup, Verdict
 
-Turns = list[list[float]]  # milliseconds of each call, by round
+Sitting = list[list[float]]  # milliseconds of each call, by round; one life of a worker
+Timings = list[Sitting]
 
 ROUNDS = 200
-SECONDS_PER_FILE = 2.0
-MIN_ROUNDS = 12  # 6 pairs of rounds: fewer give no honest interval, however long a call takes
-WARM_UP_S = 0.2
+SECONDS_PER_FILE = 1.5
+SITTINGS = 6
+WARM_UP_S = 0.1
 TURN_MS = 5.0
 MAX_CALLS = 1000
 RESAMPLES = 4000
+# 95 % of a normal distribution would be 2.5 % at each end. Six sittings know their own spread only so well: Student's
+# t with 5 degrees of freedom, 2.571 instead of 1.960, and the normal distribution has 0.5 % beyond 2.571.
+TAIL = 0.005
 
 
 def time_in_turn(
@@ -35,37 +42,53 @@ def time_in_turn(
     rounds: int = ROUNDS,
     budget_s: float | None = None,
     timeout_s: float = 120.0,
-) -> list[Turns]:
+) -> list[Timings]:
     """Time every call of every file, one worker process a file, in turn.
 
-    Each worker is warmed up and told how many calls make a turn of about 5 ms. In every second round the order is reversed
-    (A B C, C B A), and the first to go rotates, so that neither drift nor coming after a certain neighbour favours a file.
+    There are six sittings, each with fresh workers, which are warmed up and told how many calls make a turn of about
+    5 ms. In every second round the order is reversed (A B C, C B A), and the first to go rotates, so that neither drift
+    nor coming after a certain neighbour favours a file.
 
     Args:
         commands: For each file, the arguments that start its worker.
-        rounds: Most rounds to run; made even.
-        budget_s: Stop after so long, but not before 12 rounds. 2 s a file by default; starting and warming up come on top.
+        rounds: Most rounds to run, over all sittings; each sitting has an even number, at least 2.
+        budget_s: Stop after so long, as far as that minimum allows. 1.5 s a file by default; starting and warming the
+            workers up come on top, about 0.5 s a sitting.
         timeout_s: How long one turn may take.
 
     Returns:
-        For each file, for each round, the milliseconds of each call.
+        For each file, sitting and round: the milliseconds of each call.
 
     Raises:
         MeasureError: A worker died or gave no answer in time.
     """
     budget = SECONDS_PER_FILE * len(commands) if budget_s is None else budget_s
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(WorkerProcess(command, timeout_s=timeout_s)) for command in commands]
-        for worker in workers:
-            worker.wait_ready()
-        calls = [calls_per_turn(worker) for worker in workers]
-        turns: list[Turns] = [[] for _ in workers]
-        start = time.monotonic()
-        for number in range(max(rounds + rounds % 2, MIN_ROUNDS)):
-            if number >= MIN_ROUNDS and number % 2 == 0 and time.monotonic() - start > budget:
-                break
-            for index in order(number, len(workers)):
-                turns[index].append(workers[index].time(calls[index]))
+    pairs = max(rounds // (2 * SITTINGS), 1)
+    timings: list[Timings] = [[] for _ in commands]
+    for number in range(SITTINGS):
+        with contextlib.ExitStack() as stack:
+            workers = {
+                index: stack.enter_context(WorkerProcess(commands[index], timeout_s=timeout_s))
+                for index in order(number, len(commands))
+            }
+            sitting = sit([workers[index] for index in range(len(commands))], 2 * pairs, budget / SITTINGS)
+        for own, turns in zip(timings, sitting, strict=True):
+            own.append(turns)
+    return timings
+
+
+def sit(workers: Sequence[WorkerProcess], rounds: int, budget_s: float) -> list[Sitting]:
+    """One sitting: for each worker and round, the milliseconds of each call."""
+    for worker in workers:
+        worker.wait_ready()
+    calls = [calls_per_turn(worker) for worker in workers]
+    turns: list[Sitting] = [[] for _ in workers]
+    start = time.monotonic()
+    for number in range(rounds):
+        if number and number % 2 == 0 and time.monotonic() - start > budget_s:
+            break
+        for index in order(number, len(workers)):
+            turns[index].append(workers[index].time(calls[index]))
     return turns
 
 
@@ -90,22 +113,25 @@ def calls_per_turn(worker: WorkerProcess) -> int:
     return min(max(round(TURN_MS / statistics.median(recent)), 1), MAX_CALLS)
 
 
-def percentiles(turns: Turns) -> Latency:
-    """The median and the 90th percentile of a file's calls, in milliseconds."""
-    p50, p90 = np.percentile(np.concatenate([np.asarray(turn) for turn in turns]), [50, 90])
+def percentiles(timings: Timings) -> Latency:
+    """The median and the 90th percentile of all calls of a file, in milliseconds."""
+    calls = [call for sitting in timings for turn in sitting for call in turn]
+    p50, p90 = np.percentile(calls, [50, 90])
     return Latency(p50=float(p50), p90=float(p90))
 
 
-def speedup(baseline: Turns, candidate: Turns, *, seed: int = 0) -> Speedup:
+def speedup(baseline: Timings, candidate: Timings, *, seed: int = 0) -> Speedup:
     """Baseline time over candidate time, with a 95 % interval and a verdict.
 
-    A turn counts by its median call, a round by its ratio, two neighbouring rounds (one in each order) by the geometric mean
-    of theirs; the value is the median of those. The median of paired ratios, not the ratio of medians: a slow spell that
-    covers a part of the rounds shifts both medians by amounts that need not cancel, while each pair inside it is still fair.
+    A turn counts by its median call, a round by its ratio, two neighbouring rounds (one in each order) by the geometric
+    mean of theirs, a sitting by the median of those; the value is the geometric mean over the sittings. Paired ratios,
+    not the ratio of medians: a slow spell that covers a part of the rounds shifts both medians by amounts that need not
+    cancel, while each pair inside it is still fair.
 
-    The interval is a circular block bootstrap (Politis and Romano 1992), because neighbouring rounds share their weather and
-    resampling them one by one would be too sure; its quantiles are moved out by Student's factor, because the bootstrap of a
-    few blocks is too narrow (Hesterberg 2014, arXiv:1411.5279, section 5.3).
+    The interval is a two-level bootstrap: sittings are drawn with replacement, and in each the pairs. A bootstrap over
+    rounds alone is too sure of itself, as it cannot see what differs from one life of a process to the next: on a busy
+    machine it called 1 to 23 % of comparisons of a file with itself a change; this one less than 1 %. See Kalibera and
+    Jones, "Rigorous benchmarking in reasonable time" (2013), on repeating at the highest level that varies.
 
     Args:
         baseline: What `time_in_turn` gave for the baseline.
@@ -113,44 +139,33 @@ def speedup(baseline: Turns, candidate: Turns, *, seed: int = 0) -> Speedup:
         seed: Of the bootstrap.
 
     Raises:
-        MeasureError: The two do not have the same number of rounds, or fewer than 12.
+        MeasureError: The two do not have the same sittings and rounds, or fewer than two sittings.
     """
-    if len(baseline) != len(candidate) or len(baseline) < MIN_ROUNDS:
+    shapes = [[len(sitting) for sitting in timings] for timings in (baseline, candidate)]
+    if shapes[0] != shapes[1] or len(shapes[0]) < 2 or min(shapes[0]) < 2:
         raise MeasureError(
-            f"a speedup needs the same {MIN_ROUNDS} or more rounds of both files, found {len(baseline)} and {len(candidate)}; "
-            "time them in one call of time_in_turn"
+            f"a speedup needs the same rounds of both files, 2 or more in 2 or more sittings, found {shapes[0]} and "
+            f"{shapes[1]}; time both in one call of time_in_turn"
         )
-    ratios = [math.log(statistics.median(a) / statistics.median(b)) for a, b in zip(baseline, candidate, strict=True)]
-    pairs = np.asarray(ratios[: len(ratios) // 2 * 2]).reshape(-1, 2).mean(axis=1)
-    low, high = (math.exp(bound) for bound in median_interval(pairs, seed))
+    pairs = [pair_ratios(a, b) for a, b in zip(baseline, candidate, strict=True)]
+    value = math.exp(statistics.fmean(float(np.median(values)) for values in pairs))
+    low, high = (math.exp(bound) for bound in interval(pairs, seed))
     verdict: Verdict = "faster" if low > 1 else "slower" if high < 1 else "no measurable change"
-    return Speedup(value=math.exp(float(np.median(pairs))), low=low, high=high, verdict=verdict)
+    return Speedup(value=value, low=low, high=high, verdict=verdict)
 
 
-def median_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """The 95 % interval of the median of a series whose neighbours may be correlated."""
-    count = len(values)
-    length = math.ceil(math.sqrt(count) / 2)
-    blocks = math.ceil(count / length)
-    starts = np.random.default_rng(seed).integers(count, size=(RESAMPLES, blocks, 1))
-    resampled = values[(starts + np.arange(length)) % count].reshape(RESAMPLES, -1)[:, :count]
-    normal = statistics.NormalDist()
-    tail = normal.cdf(-math.sqrt(blocks / (blocks - 1)) * student(blocks - 1))
-    low, high = np.quantile(np.median(resampled, axis=1), [tail, 1 - tail])
+def pair_ratios(baseline: Sitting, candidate: Sitting) -> np.ndarray:
+    """The logarithm of baseline over candidate, for each two neighbouring rounds of a sitting."""
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(baseline, candidate, strict=True)]
+    return np.log(ratios[: len(ratios) // 2 * 2]).reshape(-1, 2).mean(axis=1)
+
+
+def interval(sittings: Sequence[np.ndarray], seed: int) -> tuple[float, float]:
+    """The 95 % interval of the mean over sittings of the median of each."""
+    generator = np.random.default_rng(seed)
+    count = len(sittings)
+    medians = np.stack([np.median(generator.choice(own, (RESAMPLES, len(own))), axis=1) for own in sittings])
+    shape = (RESAMPLES, count)
+    means = medians[generator.integers(count, size=shape), generator.integers(RESAMPLES, size=shape)].mean(axis=1)
+    low, high = np.quantile(means, [TAIL, 1 - TAIL])
     return float(low), float(high)
-
-
-def student(freedom: int) -> float:
-    """Student's t at 97.5 %, by the first terms of its expansion about the normal (Abramowitz and Stegun 26.7.5).
-
-    Example:
-        >>> round(student(5), 2), round(student(30), 2)
-        (2.57, 2.04)
-    """
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
