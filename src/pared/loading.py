@@ -8,7 +8,9 @@ import importlib
 import importlib.util
 import inspect
 import pickle
+import struct
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,18 @@ SAFE_WAY = 'save the weights with safetensors.torch.save_file(model.state_dict()
 ENTRIES = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 5
+# What torch's reader raises for files with wrong bytes in them, found by trying thousands.
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
 
 
 def load_callable(spec: str, folder: Path | None = None) -> Any:
@@ -134,9 +148,10 @@ def load_model(
     from pared.zoo import MODELS
 
     named = spec if isinstance(spec, Factory) else Factory(factory=spec)
-    found = resolve(named, MODELS, "model", folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        found = resolve(named, MODELS, "model", folder)  # a file may make its model while it is imported,
+        torch.manual_seed(seed)  # and what importing drew must not move the weights of one that does not
         model = found if isinstance(found, nn.Module) else call(found, named, "model", folder)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: {named.factory} gave a {type(model).__name__}, not a torch.nn.Module")
@@ -232,13 +247,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint. Raises: ArtifactError where it carries code, is damaged or holds none."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols; what cannot be read raises
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ArtifactError(
             f"{path} carries code or is no checkpoint, and is not loaded; where you trust it, {SAFE_WAY}"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); {SAFE_WAY}") from None
+    except DAMAGED as error:
+        raise ArtifactError(f"{path} is damaged or no checkpoint ({first_line(error)}); {SAFE_WAY}") from None
     for entry in ENTRIES:
         if isinstance(data, Mapping) and isinstance(data.get(entry), Mapping):
             data = data[entry]
@@ -283,3 +300,8 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{where}: {name} holds NaN or infinity; use a checkpoint from before training diverged")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

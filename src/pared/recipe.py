@@ -67,12 +67,12 @@ class Factory:
 def _form(value: Any) -> str | None:
     """Which form a named callable is written in, so that an error speaks of that form only."""
     if isinstance(value, str):
-        return "name"
-    return "factory" if isinstance(value, (Mapping, Factory)) else None
+        return "by name"
+    return "by mapping" if isinstance(value, (Mapping, Factory)) else None
 
 
 Named = Annotated[
-    Annotated[str, pydantic.Tag("name")] | Annotated[Factory, pydantic.Tag("factory")],
+    Annotated[str, pydantic.Tag("by name")] | Annotated[Factory, pydantic.Tag("by mapping")],
     pydantic.Discriminator(
         _form,
         custom_error_type="named_callable",

@@ -63,12 +63,27 @@ def option_table(kind: type[Any]) -> list[Option]:
         >>> option_table(Budget)[1]
         Option(name='allow_slower', type='bool', default='false', description='Keep a block that is measurably slower')
     """
-    schema = pydantic.TypeAdapter(kind).json_schema()
+    return rows_of(pydantic.TypeAdapter(kind).json_schema())
+
+
+def value_tables(kind: type[Any]) -> dict[str, list[Option]]:
+    """The settings of the values that stand in a class's settings, by the values' names.
+
+    Example:
+        >>> from pared.recipe import Recipe
+        >>> list(value_tables(Recipe))
+        ['Budget', 'Factory', 'TimingSettings']
+    """
+    return {name: rows_of(node) for name, node in pydantic.TypeAdapter(kind).json_schema().get("$defs", {}).items()}
+
+
+def rows_of(schema: Mapping[str, Any]) -> list[Option]:
+    """One row a property of a schema node."""
     return [
         Option(
             name,
             type_text(node),
-            json.dumps(node["default"]) if "default" in node else "",
+            json.dumps(node.get("default", node.get("const"))) if {"default", "const"} & node.keys() else "",
             node.get("description", ""),
         )
         for name, node in schema.get("properties", {}).items()

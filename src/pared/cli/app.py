@@ -75,10 +75,11 @@ def run(
     data: Annotated[Data | None, typer.Option(help="Which data an embedded task reads.")] = None,
 ) -> None:
     """Compress a model by a recipe; print the ledger and the path of the report."""
-    from pared.cli import work
     from pared.recipe import Recipe
 
     read = Recipe.read(recipe, [*(changes or ()), *([f"data={data}"] if data else ())])
+    from pared.cli import work  # it imports torch, which an unreadable recipe need not wait for
+
     if dry_run:
         work.plan(read, folder=recipe.parent)
         return

@@ -117,18 +117,22 @@ def print_named(rows: Mapping[str, Any]) -> None:
 
 
 def list_steps() -> None:
-    """Every step with its settings."""
+    """Every step with its settings, then the settings of the values that stand in those."""
     from pared.recipe import STEPS, step_class
-    from pared.recipe_schema import option_table
+    from pared.recipe_schema import option_table, value_tables
 
     for name in STEPS:
         kind = step_class(name)
-        rows = [(row.name, row.type, row.default or "required", row.description) for row in option_table(kind)]
         say(f"{name}: {first_line(kind)}")
-        say(
-            table(rows, setting="left", type="left", default="left", description="left") if rows else "  no settings",
-            "",
-        )
+        for title, options in {"": option_table(kind), **value_tables(kind)}.items():
+            rows = [(row.name, row.type, row.default or "required", row.description) for row in options]
+            say(*([f"  {title} in {name}:"] if title else []))
+            say(
+                table(rows, setting="left", type="left", default="left", description="left")
+                if rows
+                else "  no settings"
+            )
+        say("")
 
 
 def list_targets() -> None:

@@ -1,0 +1,293 @@
+"""The commands: what they print, how they end, and that help needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import pared
+from pared.cli import main
+from pared.errors import ParedError, ParityError, PlanError
+from pared.recipe import STEPS, Recipe, step_class
+from pared.recipe_schema import option_table
+from pared.report.data import Final, Report, Stage, Timing
+from pared.step import Edit, Plan, Skip
+
+SOURCE = Path(pared.__file__).parents[1]
+NETS = """
+import torch
+from torch import nn
+from pared.task import Task
+
+def make():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def task():
+    return Task(example_inputs=torch.ones(2, 4))
+
+def broken():
+    raise ZeroDivisionError("in the caller's own code")
+"""
+RECIPE = "model: nets.py:make\ntask: nets.py:task\nseed: 5\nsteps:\n  - QuantizeStatic\n"
+REPORT = Report(
+    environment={"seed": 5},
+    timing=Timing(batch_size=1, threads=2, host="a machine"),
+    target="onnxruntime",
+    task={},
+    stages=(Stage(name="baseline", step=None, block=0, size_bytes=1000),),
+    final=Final(stage="baseline", size_bytes=1000),
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe in a folder of its own; the current folder is another one."""
+    folder, here = tmp_path / "recipes", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("PARED_TRACEBACK", raising=False)
+    (folder / "nets.py").write_text(NETS, encoding="utf8")
+    path = folder / "small.yaml"
+    path.write_text(RECIPE, encoding="utf8")
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What the commands ask of the pipeline, which is not run here."""
+    from pared.cli import work
+
+    made: list[dict[str, Any]] = []
+
+    def compress(model: nn.Module, steps: Any, task: Any, **settings: Any) -> Any:
+        made.append({"model": model, "steps": steps, "task": task} | settings)
+        settings["progress"]("training [b]", 1, 2, "loss 0.5")
+        return types.SimpleNamespace(report=REPORT, path=settings["out"])
+
+    def dry_run(model: nn.Module, steps: Any, task: Any, **settings: Any) -> list[Plan]:
+        made.append({"model": model, "steps": steps} | settings)
+        edits = (Edit("quantize", "0", {"node": "linear"}), Edit("quantize", "head[red]", {}))
+        skips = (Skip("2", "its input is not quantized"),)
+        return [Plan("Train"), Plan("QuantizeStatic", edits=edits, skips=skips, estimate=True)]
+
+    monkeypatch.setattr(work.pipeline, "compress", compress)
+    monkeypatch.setattr(work.pipeline, "dry_run", dry_run)
+    yield made
+
+
+def test_run_compresses_into_a_folder_named_after_the_recipe(
+    recipe: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(recipe)]) == 0
+    (call,) = calls
+    assert (call["out"], call["seed"], call["resume"], call["overwrite"]) == (Path("runs/small"), 5, False, False)
+    assert [type(step).__name__ for step in call["steps"]] == ["QuantizeStatic"]
+    assert isinstance(call["model"], nn.Sequential)
+    out, err = capsys.readouterr()
+    assert "baseline" in out
+    assert out.rstrip().endswith(f"report: {Path('runs/small/report.html')}")
+    assert "error" not in err
+
+
+def test_run_passes_every_option_on(recipe: Path, calls: list[dict[str, Any]]) -> None:
+    options = ["--out", "elsewhere", "--resume", "--overwrite", "--set", "seed=6", "--set", "timing.threads=1"]
+    assert main(["run", str(recipe), *options]) == 0
+    (call,) = calls
+    assert (call["out"], call["seed"], call["resume"], call["overwrite"]) == (Path("elsewhere"), 6, True, True)
+    assert call["timing"].threads == 1
+
+
+def test_run_prints_every_layer_with_its_fate_when_dry(
+    recipe: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(recipe), "--dry-run"]) == 0
+    assert "out" not in calls[0]
+    out = capsys.readouterr().out
+    assert "2 QuantizeStatic: 2 layers would change, 1 would not, as far as can be told" in out
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    assert ["0", "quantize"] in [[part.strip() for part in line] for line in lines]
+    assert ["head[red]", "quantize"] in [[part.strip() for part in line] for line in lines]
+    assert ["2", "stays: its input is not quantized"] in [[part.strip() for part in line] for line in lines]
+
+
+def test_demo_runs_the_recipe_that_ships_with_pared(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pared.cli import work
+
+    seen: list[Any] = []
+    monkeypatch.setattr(work, "run", lambda given, **settings: seen.append((given, settings)))
+    assert main(["demo"]) == 0
+    assert main(["demo", "--data", "full", "--out", "there"]) == 0
+    (first, settings), (second, others) = seen
+    assert (first.model, first.task, first.data, second.data) == ("fashion_cnn", "fashion_mnist", "embedded", "full")
+    assert [type(step).__name__ for step in first.steps] == ["Train", "QuantizeStatic"]
+    assert (settings["out"], others["out"]) == (Path("runs/demo"), Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rn"], "error: No such command 'rn'"),
+        (["run"], "error: Missing argument 'recipe'"),
+        (["run", "absent.yaml"], "error: no recipe at absent.yaml"),
+        (["run", "RECIPE", "--sett", "seed=1"], "error: No such option"),
+        (["run", "RECIPE", "--set", "sede=1"], "error: sede: unknown key; did you mean 'seed'?"),
+        (["run", "RECIPE", "--set", "seed=x"], "error: seed: should be a valid integer, found 'x'"),
+        (["run", "RECIPE", "--set", "model=absent.py:make"], "error: no file "),
+        (["run", "RECIPE", "--set", "weights=absent.pt"], "error: no weights at "),
+        (["run", "RECIPE", "--data", "full"], "error: data: full data belongs to embedded tasks"),
+        (["run", "RECIPE", "--data", "none"], "error: Invalid value for '--data'"),
+        (["bench", "absent.onnx"], "error: "),
+        (["bench", "absent.onnx", "--dimension", "n"], "error: "),
+        (["report", "absent"], "error: no report at "),
+        (["list", "stepz"], "error: Invalid value"),
+        (["inspect", "nets.py:make"], "error: no file "),
+    ],
+)
+def test_command_says_in_one_line_what_is_wrong_when_used_wrongly(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    status = main([str(recipe) if argument == "RECIPE" else argument for argument in arguments])
+    out, err = capsys.readouterr()
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert (status, out) == (2, "")
+
+
+@pytest.mark.parametrize(("error", "status"), [(PlanError, 2), (ParityError, 1), (ParedError, 1), (OSError, 1)])
+def test_command_ends_with_the_status_of_the_error_and_appends_its_notes(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: type[Exception],
+    status: int,
+) -> None:
+    from pared.cli import work
+
+    def stop(*_: Any, **__: Any) -> None:
+        failure = error("layer conv1\ncannot change")
+        failure.add_note("in step 1, QuantizeStatic")
+        raise failure
+
+    monkeypatch.setattr(work, "run", stop)
+    assert main(["run", str(recipe)]) == status
+    assert capsys.readouterr().err == "error: layer conv1 cannot change; in step 1, QuantizeStatic\n"
+    monkeypatch.setenv("PARED_TRACEBACK", "1")
+    with pytest.raises(error):
+        main(["run", str(recipe)])
+
+
+def test_run_says_how_to_go_on_when_stopped(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pared.cli import work
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "run", stop)
+    assert main(["run", str(recipe)]) == 130
+    assert capsys.readouterr().err.strip() == "stopped; go on with --resume"
+
+
+def test_run_lets_an_error_of_the_callers_own_code_through(recipe: Path, calls: list[dict[str, Any]]) -> None:
+    with pytest.raises(ZeroDivisionError, match="own code"):
+        main(["run", str(recipe), "--set", "model=nets.py:broken"])
+    assert calls == []
+
+
+def test_inspect_lists_layers_from_a_callable_and_from_a_recipe(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nets = recipe.parent / "nets.py"
+    for arguments in (
+        [f"{nets}:make", "--shape", "1,4"],
+        [f"{nets}:make", "--task", f"{nets}:task"],
+        [str(recipe)],
+    ):
+        assert main(["inspect", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "Linear" in out
+        # 4 * 8 + 8 and 8 * 2 + 2 parameters, of 4 bytes each; 4 * 8 + 8 * 2 multiply-accumulates a sample.
+        assert "58 parameters, 48 multiply-accumulates, 232 B" in out
+
+
+def test_inspect_says_what_to_give_when_inputs_are_missing_or_no_shape(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nets = f"{recipe.parent / 'nets.py'}:make"
+    assert main(["inspect", nets]) == 2
+    assert "give --shape 1,3,224,224, or --task" in capsys.readouterr().err
+    for shape in ("1,a", "", "0,4", "1,,4"):
+        assert main(["inspect", nets, "--shape", shape]) == 2
+        assert f"error: --shape {shape}: write the sizes with commas" in capsys.readouterr().err
+
+
+def test_report_prints_the_ledger_and_rebuilds_the_page(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = recipe.parent
+    (folder / "report.json").write_text(json.dumps(REPORT.to_json()), encoding="utf8")
+    assert main(["report", str(folder)]) == 0
+    assert "baseline" in capsys.readouterr().out
+    assert not (folder / "report.html").exists()
+    assert main(["report", str(folder), "--rebuild"]) == 0
+    assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
+    assert "baseline" in (folder / "report.html").read_text(encoding="utf8")
+
+
+def test_list_steps_shows_every_setting(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "steps"]) == 0
+    out = capsys.readouterr().out
+    for name in STEPS:
+        assert f"{name}: " in out
+        for row in option_table(step_class(name)):
+            assert any(line.split()[:1] == [row.name] for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("targets", "onnxruntime"), ("models", "fashion_cnn"), ("data", "fashion_mnist")]
+)
+def test_list_shows_a_table_with_descriptions(
+    recipe: Path, capsys: pytest.CaptureFixture[str], what: str, name: str
+) -> None:
+    assert main(["list", what]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [name]]
+    assert len(row.split()) > 3
+
+
+def test_help_version_report_and_recipe_errors_need_no_torch(recipe: Path) -> None:
+    (recipe.parent / "report.json").write_text(json.dumps(REPORT.to_json()), encoding="utf8")
+    code = (
+        "import sys; from pared.cli import main\n"
+        "ends = [main(line.split()) for line in sys.stdin.read().splitlines()]\n"
+        "assert ends == [0, 0, 0, 0, 2, 2], ends\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    lines = f"--help\nrun --help\n--version\nreport {recipe.parent}\nrn\nrun absent.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, timeout=60, cwd=SOURCE
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "False"
+    assert "Commands:" in done.stdout
+
+
+def test_module_runs_as_the_command_and_gives_its_status() -> None:
+    done = subprocess.run([sys.executable, "-m", "pared", "rn"], cwd=SOURCE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: No such command 'rn'")
+
+
+def test_demo_recipe_reads() -> None:
+    recipe = Recipe.read(Path(pared.__file__).with_name("demo.yaml"))
+    assert recipe.budget.max_drop is not None
