@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -26,7 +27,9 @@ def layers(became: str) -> tuple[Layer, ...]:
     for block in range(1, 20):
         wide = 16 * block
         rows += [
-            Layer(module=f"features.{block}.expand", kind="Conv2d", params=6 * wide * wide, macs=9_000_000, became=became),
+            Layer(
+                module=f"features.{block}.expand", kind="Conv2d", params=6 * wide * wide, macs=9_000_000, became=became
+            ),
             Layer(
                 module=f"features.{block}.depthwise",
                 kind="Conv2d, grouped",
@@ -161,6 +164,48 @@ def sample() -> Report:
     )
 
 
+@pytest.fixture
+def unmeasured(sample: Report) -> Report:
+    """The same, where the last stage's runtime cannot run on this machine."""
+    none = dict.fromkeys(("latency_ms", "speedup", "size_bytes", "peak_memory_bytes", "parity", "fidelity"))
+    last = dataclasses.replace(
+        sample.stages[-1], measured=False, why="this machine has no such runtime", metrics={}, **none
+    )
+    assert sample.final is not None
+    final = dataclasses.replace(sample.final, metrics={}, baseline_metrics={}, **none)
+    return dataclasses.replace(sample, stages=(*sample.stages[:-1], last), final=final)
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"' onload='x' {{ 7 * 7 }} \x1b[31m[bold]"
+
+
+@pytest.fixture
+def hostile(sample: Report) -> Report:
+    """The same, where everything that a user may name is an attack."""
+    last = dataclasses.replace(
+        sample.stages[-1],
+        name=HOSTILE,
+        step={"step": HOSTILE, HOSTILE: HOSTILE},
+        kept=False,
+        why=HOSTILE,
+        metrics={HOSTILE: 0.5},
+        changed=(HOSTILE,),
+        skipped=(Skipped(module=HOSTILE, reason=HOSTILE),),
+        layers=(Layer(module=HOSTILE, kind=HOSTILE, params=1, macs=0, became=HOSTILE),),
+    )
+    assert sample.final is not None
+    return dataclasses.replace(
+        sample,
+        environment={HOSTILE: HOSTILE},
+        timing=Timing(batch_size=1, threads=1, host=HOSTILE),
+        target=HOSTILE,
+        task={HOSTILE: HOSTILE},
+        stages=(dataclasses.replace(sample.stages[0], metrics={HOSTILE: 0.5}), last),
+        final=dataclasses.replace(sample.final, stage=HOSTILE, metrics={HOSTILE: 1.0}, baseline_metrics={HOSTILE: 1.0}),
+        recipe={HOSTILE: [HOSTILE]},
+    )
+
+
 class Browser:
     """A headless Chromium, spoken to over a pipe in the DevTools protocol: JSON messages that end in a null byte."""
 
@@ -168,7 +213,12 @@ class Browser:
         child_in, self.to = os.pipe()
         self.back, child_out = os.pipe()
         command = [executable, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        command += ["--no-first-run", "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        command += [
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
         # The protocol's pipe is file descriptors 3 and 4 of the browser.
         shell = f'exec "$@" 3<&{child_in} 4>&{child_out}'
         self.process = subprocess.Popen(
@@ -188,6 +238,7 @@ class Browser:
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """The answer to one command; events that arrive meanwhile are kept."""
@@ -215,7 +266,9 @@ class Browser:
     def open(self, path: Path, *, width: int = 1280, dark: bool = False) -> None:
         """Open a file from disk; `events` then holds what happened from here on."""
         self.events.clear()
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Page.navigate", url=path.as_uri())

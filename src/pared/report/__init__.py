@@ -1,3 +1,4 @@
-"""What a run measured: `data` is the schema, `render` the table for terminals, `html` the offline page and the notebook's
-table. `words` says figures the same way in both, `plots` computes the geometry of the page's plots.
+"""What a run measured, for people: `render` is the table for terminals, `html` the offline page and the notebook's.
+
+`data` is the schema, `words` says figures the same way everywhere, `plots` computes the geometry of the page's plots.
 """

@@ -1,4 +1,4 @@
-"""The report as plain data, schema version 1: what `report.json` holds. No torch here, so that reading a report is quick.
+"""The report as plain data, schema version 1: what `report.json` holds. No torch here, so that reading it is quick.
 
 Ratios are 0 to 1, never percent; units are in the names. `render` and `html` turn this into what people read.
 """
@@ -166,12 +166,16 @@ class Report:
         """The inverse of `to_json`. Raises: ArtifactError for another schema version or missing entries."""
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ArtifactError(f"report schema version {version}, this pared reads {SCHEMA_VERSION}; use its own version")
+            raise ArtifactError(
+                f"report schema version {version}, this pared reads {SCHEMA_VERSION}; use its own version"
+            )
         try:
             return pydantic.TypeAdapter(cls).validate_python(dict(data))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise ArtifactError(f"report.json is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise ArtifactError(
+                f"report.json is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
 
     @classmethod
     def read(cls, path: Path) -> Report:

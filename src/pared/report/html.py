@@ -1,7 +1,7 @@
 """The report as one offline HTML page, and its ledger as a fragment for notebooks.
 
-Everything is inline, and the page's own content security policy forbids every request and every script but ours; foreign
-text (layer names, metrics, reasons) only ever enters through the template engine's escaping.
+Everything is inline, and the page's own content security policy forbids every request and every script but ours;
+foreign text (layer names, metrics, reasons) only ever enters through the template engine's escaping.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 
 from pared.report import words
 from pared.report.data import Layer, Report, Stage, finite
-from pared.report.plots import plots
+from pared.report.plots import better_where, plots
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("pared.report", "."),
@@ -38,6 +38,15 @@ class Card:
     before: str
     change: str
     sign: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """A layer, its share of the MACs (None where none were counted), and its bar's length: 1 for the largest share."""
+
+    layer: Layer
+    share: float | None
+    bar: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +78,10 @@ def page(report: Report) -> str:
         blocks=blocks(report),
         cards=cards(report),
         plots=plots(report),
+        better_where=better_where(report),
         layer_tables=layer_tables(report),
         skips=skips(report),
+        task=words.facts({key: value for key, value in report.task.items() if key != "higher_is_better"}),
         recipe=recipe_text(report.recipe),
     )
 
@@ -114,14 +125,16 @@ def cards(report: Report) -> list[Card]:
     final, first = report.final, words.baseline(report)
     if final is None or first is None:
         return []
-    found = []
+    found: list[Card] = []
     for name in list(dict.fromkeys([*final.baseline_metrics, *final.metrics])):
         before, after = final.baseline_metrics.get(name), final.metrics.get(name)
         sign, change = (0, "") if before is None or after is None else words.drop(report, name, before, after)
         value = words.metric_value(name, after)
         found.append(Card(f"{name}, test data", value, words.metric_value(name, before), change, sign))
     if not found:
-        found.append(Card("quality, test data", words.NOT_MEASURED, "", words.NO_TEST_METRIC, 0))
+        found.append(
+            Card("quality, test data", words.NOT_MEASURED, "", words.why_not_final(report, words.NO_TEST_METRIC), 0)
+        )
     after_ms = words.milliseconds(final.latency_ms.p50 if final.latency_ms else None)
     before_ms = words.milliseconds(first.latency_ms.p50 if first.latency_ms else None)
     sign, change = words.speed(final.speedup)
@@ -134,16 +147,24 @@ def cards(report: Report) -> list[Card]:
     ):
         sign, change = words.shrink(before_bytes, after_bytes)
         found.append(Card(title, words.size(after_bytes), words.size(before_bytes), change, sign))
-    return found
+    why = words.why_not_final(report, words.NOT_TAKEN)
+    return [
+        dataclasses.replace(card, change=why) if card.value == words.NOT_MEASURED and card.before else card
+        for card in found
+    ]
 
 
-def layer_tables(report: Report) -> list[tuple[Stage, list[tuple[Layer, float | None]]]]:
-    """Per-layer tables, what ships first: each layer with its share of the MACs (None where none were counted)."""
+def layer_tables(report: Report) -> list[tuple[Stage, list[LayerRow]]]:
+    """Per-layer tables, what ships first."""
     ships = report.final.stage if report.final else ""
     tables = []
     for stage in sorted((s for s in report.stages if s.layers), key=lambda s: s.name != ships):
-        total = sum(layer.macs for layer in stage.layers)
-        tables.append((stage, [(layer, layer.macs / total if total else None) for layer in stage.layers]))
+        total, most = sum(layer.macs for layer in stage.layers), max(layer.macs for layer in stage.layers)
+        rows = [
+            LayerRow(layer, layer.macs / total, layer.macs / most) if total else LayerRow(layer, None, 0)
+            for layer in stage.layers
+        ]
+        tables.append((stage, rows))
     return tables
 
 

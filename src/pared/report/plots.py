@@ -1,7 +1,7 @@
 """Geometry of the page's scatter plots: where ticks, points and labels stand, in the units of the SVG's view box.
 
-`page.html` draws them as inline SVG, so that a page needs no plotting library, follows light and dark, and can be read with
-the keyboard.
+`page.html` draws them as inline SVG, so that a page needs no plotting library, follows light and dark, and can be read
+with the keyboard.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pared.report import words
 from pared.report.data import Report, Stage
 
-WIDTH, HEIGHT = 480, 330
+WIDTH, HEIGHT = 440, 310
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 48
-LETTER, LINE = 6.6, 15  # rough width of a letter and height of a line at the labels' font size
+LETTER, LINE = 7.9, 17  # rough width of a letter and height of a line at the largest font size that page.css sets
 GAP = 10  # from a point to its label
+CROWD = 10  # with more points only the baseline and what ships are labelled; the rest show on hover and focus
+Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Axis:
 
 
 def plots(report: Report) -> list[Plot]:
-    """The decisive metric (without one, fidelity) against latency and against size; only those with two points or more."""
+    """The decisive metric (without one, fidelity) against latency and size; only those with two points or more."""
     names = words.metric_names(report)
     y = metric_axis(names[0]) if names else fidelity_axis()
     across = (
@@ -85,9 +87,22 @@ def plots(report: Report) -> list[Plot]:
     return [plot for plot in drawn if len(plot.points) > 1]
 
 
+def better_where(report: Report) -> str:
+    """Which way is better in the plots, in words."""
+    names = words.metric_names(report)
+    higher = words.better_when(report, names[0]) if names else True
+    vertical = {True: "Up and to the left", False: "Down and to the left", None: "Further left"}[higher]
+    return f"{vertical} is better."
+
+
 def short(value: float) -> str:
     """A tick's number."""
     return f"{value:.6g}"
+
+
+def clipped(name: str) -> str:
+    """A name that fits beside a point or an axis."""
+    return name if len(name) <= 22 else f"{name[:21]}…"
 
 
 def megabytes(value: float) -> str:
@@ -97,10 +112,10 @@ def megabytes(value: float) -> str:
 
 def metric_axis(name: str) -> Axis:
     """The axis of a metric."""
+    title = f"{clipped(name)} on validation"
+    tick: Callable[[float], str] = short
     if words.is_ratio(name):
-        title, tick = f"{name} on validation (%)", lambda value: short(100 * value)
-    else:
-        title, tick = f"{name} on validation", short
+        title, tick = f"{title} (%)", lambda value: short(100 * value)
     return Axis(title, lambda stage: stage.metrics.get(name), lambda value: words.metric_value(name, value), tick)
 
 
@@ -143,6 +158,10 @@ def scatter(report: Report, x: Axis, y: Axis, limit: float | None) -> Plot:
         (place_x(a), place_y(b), kind(i, s, ships), s.name, f"{s.name}: {y.say(b)}, {x.say(a)}") for i, s, a, b in found
     ]
     kept = [mark for mark in marks if mark[2] != "refused"]
+    limit_label = "" if limit is None else f"budget {y.say(limit)}"
+    reserved = (
+        [] if limit is None else [(LEFT, place_y(limit) - LINE, LEFT + LETTER * len(limit_label), place_y(limit))]
+    )
     noun = y.title.split(" on ")[0].split(" to ")[0]
     return Plot(
         title=f"{noun[0].upper()}{noun[1:]} against {x.title.split(' (')[0]}",
@@ -150,10 +169,10 @@ def scatter(report: Report, x: Axis, y: Axis, limit: float | None) -> Plot:
         y_title=y.title,
         x_ticks=tuple(Tick(round(place_x(value), 1), x.tick(value)) for value in x_ticks),
         y_ticks=tuple(Tick(round(place_y(value), 1), y.tick(value)) for value in y_ticks),
-        points=labelled(marks),
+        points=labelled(marks, reserved),
         path=" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in kept),
         limit=None if limit is None else round(place_y(limit), 1),
-        limit_label="" if limit is None else f"budget {y.say(limit)}",
+        limit_label=limit_label,
     )
 
 
@@ -167,7 +186,7 @@ def kind(index: int, stage: Stage, ships: str | None) -> str:
 
 
 def padded(values: Sequence[float], *, ratio: bool) -> tuple[float, float]:
-    """A range with air around the values; at least two points wide for ratios, so that noise does not look like a cliff."""
+    """A range with air around the values; two points wide at least for ratios: noise must not look like a cliff."""
     if not values:
         return 0, 1
     low, high = min(values), max(values)
@@ -190,27 +209,24 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def labelled(marks: Sequence[tuple[float, float, str, str, str]]) -> tuple[Point, ...]:
-    """Points with labels that neither overlap nor leave the plot; the stage that ships and the baseline choose first."""
-    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, *_ in marks]
+def labelled(marks: Sequence[tuple[float, float, str, str, str]], reserved: Iterable[Box]) -> tuple[Point, ...]:
+    """Points with labels that neither overlap nor leave the plot; what ships and the baseline choose first."""
+    taken = [*reserved, *((x - 7, y - 7, x + 7, y + 7) for x, y, *_ in marks)]
     order = sorted(range(len(marks)), key=lambda i: ("ships", "baseline", "kept", "refused").index(marks[i][2]))
     points: dict[int, Point] = {}
     for i in order:
         x, y, what, name, readout = marks[i]
-        name = name if len(name) <= 22 else f"{name[:21]}…"
+        name = clipped(name)
         spot = next((s for s in spots(x, y, LETTER * len(name)) if free(s[3], taken)), None)
+        if len(marks) > CROWD and what not in ("ships", "baseline"):
+            spot = None
         if spot is None:
             points[i] = Point(round(x, 1), round(y, 1), what, "", 0, 0, "start", readout)
             continue
         label_x, label_y, anchor, box = spot
         taken.append(box)
-        points[i] = Point(
-            round(x, 1), round(y, 1), what, name, round(label_x, 1), round(label_y, 1), anchor, readout
-        )
+        points[i] = Point(round(x, 1), round(y, 1), what, name, round(label_x, 1), round(label_y, 1), anchor, readout)
     return tuple(points[i] for i in range(len(marks)))
-
-
-Box = tuple[float, float, float, float]
 
 
 def spots(x: float, y: float, wide: float) -> Iterable[tuple[float, float, str, Box]]:

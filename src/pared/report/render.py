@@ -1,4 +1,4 @@
-"""The ledger as a table for terminals: one row a stage, then what was refused and why, then the verdict on test data."""
+"""The ledger for terminals: one row a stage, then what was refused and why, then the verdict on test data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def print_ledger(report: Report, console: Console) -> None:
 
 
 def text(value: object, style: str = "") -> Text:
-    """Text without markup; control characters of foreign names (terminal escapes, line breaks) are shown, not obeyed."""
+    """Text without markup; control characters in foreign names (escapes, line breaks) are shown, not obeyed."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
     return Text(shown, style=style)
 
@@ -61,10 +61,10 @@ def ledger_table(report: Report, *, narrow: bool) -> Table:
     table = Table(box=LINES, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("stage", overflow="fold")
     if names:
-        table.add_column(text(names[0] if len(names) == 1 else "metrics"), justify="right", overflow="fold")
+        table.add_column(lines(*map(text, names)), justify="right", overflow="fold")
     table.add_column("p50", justify="right", no_wrap=True)
     table.add_column("speed-up", max_width=13 if narrow else None)
-    for title in ("size", "parity", "fidelity,\nagreement"):
+    for title in ("size", "parity", "fidelity\nagreement"):
         table.add_column(title, justify="right", no_wrap=True)
     for i, stage in enumerate(report.stages):
         after = report.stages[i + 1 : i + 2]
@@ -94,9 +94,10 @@ def row(stage: Stage, names: list[str], *, first: bool) -> Iterable[RenderableTy
 
 
 def metrics_cell(figures: Figures, names: list[str]) -> Text:
-    """The metrics of one stage: one figure, or a line a metric."""
-    shown = [(name, words.metric_value(name, figures.metrics.get(name))) for name in names]
-    return text(shown[0][1]) if len(shown) == 1 else lines(*(text(f"{name} {value}") for name, value in shown))
+    """The metrics of one stage, a line each, in the header's order."""
+    if not figures.metrics:
+        return cell(words.NOT_MEASURED)
+    return lines(*(text(words.metric_value(name, figures.metrics.get(name))) for name in names))
 
 
 def speed_cell(speedup: Speedup) -> Text:
@@ -110,9 +111,10 @@ def speed_cell(speedup: Speedup) -> Text:
 def notes(report: Report) -> Iterable[Text]:
     """Reasons: what was rolled back, and what was not measured."""
     for stage in report.stages:
-        if stage.why and not (stage.kept and stage.measured):
-            done = "was not measured" if stage.kept else "was rolled back"
-            yield text(f"{stage.name} {done}: {stage.why}")
+        if not stage.kept:
+            yield text(f"{stage.name} was rolled back: {stage.why or 'no reason was recorded'}")
+        elif not stage.measured:
+            yield text(f"{stage.name} was not measured: {words.why_missing(stage, '')}")
     if not words.metric_names(report):
         yield text(f"No metric was measured: {words.NO_METRIC}")
 
@@ -133,17 +135,17 @@ def verdict(report: Report) -> Iterable[RenderableType]:
         shown = f"{words.metric_value(name, before)} -> {words.metric_value(name, after)}{change}"
         table.add_row(text(f"{name} on test"), text(shown))
     if not final.metrics:
-        table.add_row(text("metrics on test"), text(f"{words.NOT_MEASURED}: {words.NO_TEST_METRIC}"))
+        why = words.why_not_final(report, words.NO_TEST_METRIC)
+        table.add_row(text("metrics on test"), text(f"{words.NOT_MEASURED}: {why}"))
     before_ms = first.latency_ms.p50 if first and first.latency_ms else None
     after_ms = final.latency_ms.p50 if final.latency_ms else None
     taken = "" if final.speedup is None else f" ({words.speed(final.speedup)[1]}, {words.interval(final.speedup)})"
     table.add_row(text("latency p50"), text(moved(words.milliseconds(before_ms), words.milliseconds(after_ms)) + taken))
     _, ratio = words.shrink(final.baseline_size_bytes, final.size_bytes)
     sizes = moved(words.size(final.baseline_size_bytes), words.size(final.size_bytes))
-    table.add_row(text("file"), text(f"{sizes} ({ratio})" if sizes != words.NOT_MEASURED else sizes))
-    timing = report.timing
-    cores = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
-    table.add_row(text("timed"), text(f"{report.target}, batch {timing.batch_size}, {cores}, {timing.host}"))
+    table.add_row(text("file"), text(sizes if words.NOT_MEASURED in sizes else f"{sizes} ({ratio})"))
+    cores = words.plural(report.timing.threads, "thread")
+    table.add_row("timed", text(f"{report.target}, batch {report.timing.batch_size}, {cores}, {report.timing.host}"))
     yield table
 
 

@@ -14,6 +14,7 @@ from pared.report.data import Agreement, Figures, Report, Speedup, Stage
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
 REFERENCE = "reference"
+NOT_TAKEN = "this run did not take it"
 NO_METRIC = "the task gives no metric, or no labelled validation data"
 NO_TEST_METRIC = "the task gives no metric, or no labelled test data"
 
@@ -198,6 +199,9 @@ def headline(report: Report) -> str:
         return "No verdict: the run stopped before its final measurement on test data."
     if report.stages and final.stage == report.stages[0].name:
         return "Nothing paid for itself: the baseline ships as it was."
+    why = why_not_final(report)
+    if why and final.speedup is None and not final.metrics:
+        return f"What ships was not measured: {why}."
     moves = [speed(final.speedup), shrink(final.baseline_size_bytes, final.size_bytes)]
     name = next(iter(final.metrics), None)
     if name is None or name not in final.baseline_metrics:
@@ -205,18 +209,37 @@ def headline(report: Report) -> str:
     else:
         sign, amount = drop(report, name, final.baseline_metrics[name], final.metrics[name])
         moves.append((sign, f"{name} {amount}"))
-    gains = [text for sign, text in moves if sign > 0]
-    rest = [text for sign, text in moves if sign <= 0]
-    sentence = joined(gains) if gains else "Nothing gained"
-    sentence += f", with {joined(rest)}." if rest else "."
-    return sentence[0].upper() + sentence[1:]
+    gains, losses = ([text for sign, text in moves if sign == side] for side in (1, -1))
+    rest = losses + [text for sign, text in moves if sign == 0]
+    if gains:
+        sentence = joined(gains) + (f", with {joined(rest)}" if rest else "")
+    else:
+        sentence = ("Nothing gained: " if losses else "") + joined(rest)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> plural(1, "layer"), plural(60, "layer")
+        ('1 layer', '60 layers')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def why_missing(stage: Stage, figure: str) -> str:
     """Why a figure of a stage was not measured."""
     if not stage.measured:
         return stage.why or "the runtime cannot run here"
-    return NO_METRIC if figure == "metrics" else "this run did not take it"
+    return NO_METRIC if figure == "metrics" else NOT_TAKEN
+
+
+def why_not_final(report: Report, otherwise: str = "") -> str:
+    """Why what ships was not measured: the reason of its stage, or `otherwise` where that was measured."""
+    names = {stage.name: stage for stage in report.stages if not stage.measured}
+    stage = names.get(report.final.stage) if report.final else None
+    return otherwise if stage is None else why_missing(stage, "")
 
 
 def baseline(report: Report) -> Figures | None:
