@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from pared.errors import RecipeError, SettingError, UsageError, nearest
+from pared.measure.latency import ROUNDS
 from pared.step import Step, settings, settings_of
 from pared.strict_yaml import read_json, read_yaml
 
@@ -46,7 +47,7 @@ class TimingSettings:
     threads: Annotated[
         int | None, pydantic.Field(description="Threads of the runtime; null: every usable core", ge=1)
     ] = None
-    rounds: Annotated[int, pydantic.Field(description="Turns that each file gets", ge=10)] = 60
+    rounds: Annotated[int, pydantic.Field(description="Most turns that each file gets", ge=1)] = ROUNDS
 
 
 @settings
