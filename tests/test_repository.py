@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 LIMITS = ROOT / "scripts" / "check_limits.py"
@@ -45,6 +47,30 @@ def test_constraints_pin_every_declared_package_exactly_once() -> None:
     pinned = [canonical(line.split("==")[0]) for line in pins()]
     assert len(pinned) == len(set(pinned))
     assert declared - set(pinned) == set()
+
+
+def test_constraints_pin_what_is_installed_down_to_the_last_dependency() -> None:
+    pinned = {canonical(name): version for name, _, version in (line.partition("==") for line in pins())}
+    loose, seen = [], set()
+    waiting = [("pared", extra) for extra in ("", "dev", "docs")]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            if name == "pared":
+                pytest.skip("pared itself is not installed here")
+            continue  # of an extra that this environment lacks
+        # torch built for CUDA brings packages that the pinned build for CPUs does not have.
+        if name != "pared" and not name.startswith(("nvidia-", "cuda-", "triton", "setuptools")):
+            loose += [name] if pinned.get(name) != found.version.partition("+")[0] else []
+        for item in map(Requirement, found.requires or ()):
+            if item.marker is None or item.marker.evaluate({"extra": extra}):
+                waiting += [(canonical(item.name), part) for part in ("", *item.extras)]
+    assert sorted(set(loose)) == []
 
 
 def test_constraints_hold_plain_versions_without_build_tags() -> None:
