@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 PACKAGES = ("pared", "torch", "numpy", "onnx", "onnxruntime")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # What decides how fast, and on x86 how exactly, int8 arithmetic runs. Keys are the kernel's names of the flags.
 INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -48,7 +49,7 @@ def usable_cores() -> int:
     affinity = os.sched_getaffinity(0) if sys.platform == "linux" else ()
     cores = len(affinity) or os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota, period = CPU_QUOTA.read_text(encoding="ascii").split()
         cores = min(cores, max(int(quota) // int(period), 1))  # "max" is no number: no quota
     return cores
 
