@@ -8,7 +8,7 @@ import pytest
 
 from pared.errors import MeasureError
 from pared.measure import latency
-from pared.measure.latency import SITTINGS, Timings, percentiles, speedup, time_in_turn
+from pared.measure.latency import SITTINGS, Timings, pair_ratios, percentiles, speedup, time_in_turn
 from pared.targets.worker import worker_command, write_inputs
 from tiny_onnx import write_chain
 
@@ -114,8 +114,8 @@ def test_time_in_turn_hands_turns_over_when_there_are_two_files(tmp_path: Path) 
 def test_time_in_turn_favours_no_file_when_the_machine_slows_down(tmp_path: Path) -> None:
     # Each turn is 1 % slower than the one before: the second of a round looks slower, unless the order is reversed.
     a, b = time_in_turn([fake(tmp_path, "a", drift=0.01), fake(tmp_path, "b", drift=0.01)], rounds=4 * SITTINGS)
-    result = speedup(a, b)
-    assert result.value == pytest.approx(1.0, abs=1e-3)
+    # What is left is the curvature of the drift: 0.01^2 times a few.
+    assert all(np.abs(pair_ratios(own, other)).max() < 1e-3 for own, other in zip(a, b, strict=True))
     assert percentiles(a).p90 > 1.3
 
 

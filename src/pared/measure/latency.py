@@ -32,8 +32,8 @@ TURN_MS = 5.0
 MAX_CALLS = 1000
 RESAMPLES = 4000
 # What a 95 % interval cuts off at each end: 2.5 %, were there many sittings. The bootstrap of a few is too narrow, so
-# Hesterberg (2014, arXiv:1411.5279) moves its ends out to where the normal distribution is beyond sqrt(n / (n - 1)) times
-# Student's t with n - 1 degrees of freedom: for n = 8 that is 2.53, and 0.57 %.
+# Hesterberg (2014, arXiv:1411.5279) moves its ends out to where the normal distribution is beyond sqrt(n / (n - 1))
+# times Student's t with n - 1 degrees of freedom: for n = 8 that is 2.53, and 0.57 %.
 TAIL = 0.005
 
 
