@@ -99,21 +99,25 @@ class Plan:
 class Scheme:
     """How a runtime wants tensors quantized. `quantize.placement` reads it; each target declares one.
 
+    Operators are named as in the exported graph, without overload: "aten.conv2d".
+
     Attributes:
         activation_dtype: Integer type of activations.
         activation_symmetric: True puts every activation's zero point at 0.
-        weight_dtype: Integer type of weights; always symmetric, one scale for each output channel.
-        compute: Operators that run in integers when all their inputs are quantized.
-        follow: Operators that pass the quantization of their input through unchanged (pooling by maximum, reshapes).
-        absorb: Activations that the runtime fuses into the operator before them.
+        weighted: Operators with a weight that run in integers: the anchors of the placement.
+        whole: Of these, the ones that run in integers only where their output is quantized too.
+        joining: Operators that run in integers between anchors (residual adds, concats), and are left in float elsewhere.
+        following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
+        absorbed: Activations that the runtime fuses into the operator before them.
     """
 
     activation_dtype: Literal["uint8", "int8"]
     activation_symmetric: bool
-    weight_dtype: Literal["int8"] = "int8"
-    compute: frozenset[str]
-    follow: frozenset[str]
-    absorb: frozenset[str]
+    weighted: frozenset[str]
+    whole: frozenset[str]
+    joining: frozenset[str]
+    following: frozenset[str]
+    absorbed: frozenset[str]
 
 
 class Session(Protocol):
@@ -168,6 +172,7 @@ class Context:
         deadline: `time.monotonic()` at which searches should stop, or None.
         dry: True when only planning: nothing expensive, estimates marked.
         progress: Told how far long work is.
+        memo: What `plan` leaves for the `apply` right after it, so that nothing is captured twice; may always be empty.
     """
 
     task: Task
@@ -179,6 +184,7 @@ class Context:
     deadline: float | None = None
     dry: bool = False
     progress: Progress = silent
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Step(Protocol):

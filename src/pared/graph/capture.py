@@ -1,0 +1,155 @@
+"""Capture of a model by `torch.export`: the one place that exports, so that its failures are explained in one way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from pared.errors import CaptureError
+from pared.task import Inputs, Task
+
+
+def capture(model: nn.Module, task: Task) -> ExportedProgram:
+    """Export a model in eval mode, with a dynamic batch and the task's further dynamic dimensions.
+
+    Args:
+        model: Any module that `torch.export` takes. It is not changed; its train/eval flags come back as they were.
+        task: Gives the example inputs. They are doubled along the batch, since export specializes a batch of 1.
+
+    Raises:
+        CaptureError: The model cannot be exported, or does not run on the example inputs; names the line of its code.
+    """
+    inputs = doubled(task.example_inputs)
+    shapes = dynamic_shapes(inputs, task)
+    with evaluating(model), torch.no_grad(), quiet():
+        try:
+            model(*inputs.args, **inputs.kwargs)
+        except Exception as error:  # noqa: BLE001 - the caller's forward may raise anything; it is re-raised as ours
+            raise CaptureError(f"the model does not run on the example inputs: {where(error)}") from error
+        try:
+            program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+            # In-place operators would make a rewritten graph read values that have changed since.
+            return program.run_decompositions({}) if has_mutation(program) else program
+        except Exception as error:  # noqa: BLE001 - torch.export documents no closed set of exceptions
+            raise CaptureError(
+                f"the model cannot be exported: {where(error)}; rewrite that line so that it does not depend on values "
+                "of tensors, or exclude the layer"
+            ) from error
+
+
+def has_mutation(program: ExportedProgram) -> bool:
+    """True where some operator of the graph writes into its argument."""
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """The same inputs with the batch repeated to at least 2."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and value.shape[0] == 1 else value
+
+    return Inputs(tuple(twice(v) for v in inputs.args), {k: twice(v) for k, v in inputs.kwargs.items()})
+
+
+def dynamic_shapes(inputs: Inputs, task: Task) -> tuple[Any, ...] | dict[str, Any]:
+    """The `dynamic_shapes` of `torch.export`: the batch, and what `Task.dynamic` names."""
+    dims: dict[str, Any] = {"batch": Dim("batch")}
+
+    def spec(name: str, value: Any) -> Mapping[int, Any] | None:
+        if not isinstance(value, Tensor):
+            return None
+        named = {0: "batch", **task.dynamic_of(name)}
+        return {d: dims.setdefault(label, Dim(label)) for d, label in named.items()}
+
+    if inputs.kwargs and not inputs.args:
+        return {name: spec(name, value) for name, value in inputs.kwargs.items()}
+    return tuple(spec(str(i), value) for i, value in enumerate(inputs.args))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module's own flag comes back."""
+    flags = [(module, module.training) for module in model.modules()]
+    if not isinstance(model, fx.GraphModule):
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings that torch raises about its own internals while exporting."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        yield
+
+
+def where(error: BaseException) -> str:
+    """First line of an error, with the last line of the caller's own code that it went through."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    user = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not re.search(r"[/\\](torch|pared|contextlib)[/\\.]", frame.filename) and frame.filename != "<string>"
+    ]
+    if not user:
+        found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+        found = [item for item in found if not re.search(r"[/\\](torch|pared)[/\\]", item[0])]
+        return f"{first} (at {found[-1][0]}:{found[-1][1]}, in {found[-1][2]})" if found else first
+    last = user[-1]
+    return f"{first} (at {last.filename}:{last.lineno}, in {last.name}: {last.line})"
+
+
+def operator(node: fx.Node) -> str:
+    """Name of a node's operator without overload, e.g. "aten.conv2d"; "" for nodes that call none."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return getattr(target, "__name__", "") if node.op == "call_function" else ""
+
+
+def owner(node: fx.Node) -> str:
+    """Dotted name of the innermost module whose forward made a node; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    return re.sub(r"@\d+$", "", path)
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """For every alias of a parameter or buffer, the first name it goes by.
+
+    `torch.export` names a shared tensor by any of its aliases; `named_modules()` by the first.
+    """
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def parameter_names(program: ExportedProgram) -> dict[str, str]:
+    """Name of the parameter or buffer behind each placeholder of a captured graph."""
+    signature = program.graph_signature
+    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+
+
+def module_copy(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing with the model."""
+    return copy.deepcopy(model)

@@ -1,0 +1,1 @@
+"""Quantization: affine arithmetic, ranges, placement on the exported graph, the quantize steps."""

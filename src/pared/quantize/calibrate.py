@@ -1,0 +1,99 @@
+"""Calibration: run data through a graph once and keep what the observers need, no activation longer than its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from pared.errors import DataError, QuantizeError
+from pared.step import Progress, silent
+from pared.task import Batch, Inputs
+
+# Samples that go through the graph at once: larger batches only cost memory and cache misses.
+CHUNK = 16
+
+
+class Watcher(fx.Interpreter):
+    """Runs a graph and shows chosen values to their observers."""
+
+    def __init__(self, graph: fx.GraphModule, observers: Mapping[str, Any]) -> None:
+        super().__init__(graph)
+        self.observers = observers
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        observer = self.observers.get(n.name)
+        if observer is not None:
+            try:
+                observer.update(value)
+            except DataError as error:
+                raise QuantizeError(f"{n.name}: {error}; look at the layer before it, or at the data") from None
+        return value
+
+
+def calibrate(
+    graph: fx.GraphModule, observers: Mapping[str, Any], batches: Iterable[Batch], progress: Progress = silent
+) -> int:
+    """Show every calibration sample to the observers.
+
+    Args:
+        graph: Its nodes' names are the observers' keys.
+        observers: Objects with `update(tensor)`.
+        batches: Calibration data, of any batch sizes.
+
+    Returns:
+        Number of samples seen.
+
+    Raises:
+        DataError: No data, or all samples identical.
+        QuantizeError: An activation is not finite; names the node and the batch.
+    """
+    watcher = Watcher(graph, observers)
+    samples = 0
+    first: list[torch.Tensor] | None = None
+    varied = False
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            for inputs in chunks(batch.inputs):
+                try:
+                    watcher.run(*inputs.args, *inputs.kwargs.values())
+                except QuantizeError as error:
+                    error.add_note(f"while calibrating on batch {index}")
+                    raise
+            tensors = list(batch.inputs.tensors.values())
+            first = first or [tensor[:1] for tensor in tensors]
+            varied = varied or any(not bool((t == f).all()) for t, f in zip(tensors, first, strict=True))
+            samples += batch.inputs.size
+            progress("calibrate", samples, 0, f"{samples} samples")
+    if not varied and samples > 1:
+        raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
+    return samples
+
+
+def first_samples(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:
+    """Batches up to a number of samples, the last one cut to fit; all of them where `limit` is None."""
+    left = limit
+    for batch in batches:
+        if left is not None and batch.inputs.size >= left:
+            yield Batch(sliced(batch.inputs, 0, left), None)
+            return
+        yield batch
+        if left is not None:
+            left -= batch.inputs.size
+
+
+def chunks(inputs: Inputs) -> Iterator[Inputs]:
+    """The same samples, a few at a time."""
+    return (sliced(inputs, start, start + CHUNK) for start in range(0, inputs.size, CHUNK))
+
+
+def sliced(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Samples `start` to `stop` of a batch."""
+    part = {name: tensor[start:stop] for name, tensor in inputs.tensors.items()}
+    return Inputs(
+        tuple(part.get(str(i), arg) for i, arg in enumerate(inputs.args)),
+        {name: part.get(name, value) for name, value in inputs.kwargs.items()},
+    )

@@ -1,0 +1,147 @@
+"""The target `onnxruntime`: export to ONNX with quantize/dequantize pairs, as ONNX Runtime fuses them on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pared.errors import TargetError
+from pared.step import Scheme
+from pared.targets.sessions import OnnxRuntimeSession, open_session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pared.task import Task
+
+SCHEME = Scheme(
+    # Signed activations ran three times slower on x86: its int8 dot product takes unsigned times signed.
+    activation_dtype="uint8",
+    activation_symmetric=False,
+    weighted=frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.linear"}),
+    # QLinearConv writes integers only; QGemm and MatMulIntegerToFloat can write float.
+    whole=frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d"}),
+    joining=frozenset({"aten.add", "aten.mul", "aten.cat", "aten.sigmoid", "aten.avg_pool2d"}),
+    following=frozenset(
+        {
+            "aten.max_pool2d",
+            "aten.view",
+            "aten.reshape",
+            "aten._unsafe_view",
+            "aten.flatten",
+            "aten.unflatten",
+            "aten.transpose",
+            "aten.permute",
+            "aten.squeeze",
+            "aten.unsqueeze",
+            "aten.slice",
+            "aten.select",
+            "aten.chunk",
+            "aten.split",
+            "aten.split_with_sizes",
+            "aten.expand",
+            "getitem",
+        }
+    ),
+    absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+)
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU."""
+
+    name = "onnxruntime"
+    filename = "model.onnx"
+    scheme = SCHEME
+
+    def export(self, model: nn.Module, task: Task, path: Path) -> None:
+        """Write `model` as ONNX. Raises: CaptureError, TargetError."""
+        import onnx
+        import torch
+
+        from pared.graph.capture import capture, quiet
+
+        program = capture(model, task)
+        with quiet(), hushed():
+            try:
+                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            except torch.onnx.errors.OnnxExporterError as error:
+                raise TargetError(f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+        if exported is None:
+            raise TargetError("onnxruntime: the exporter returned nothing")
+        proto = exported.model_proto
+        strip(proto)
+        try:
+            onnx.checker.check_model(proto, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise TargetError(f"onnxruntime: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+
+    def open(self, path: Path, *, threads: int) -> OnnxRuntimeSession:
+        """The file in a session. Raises: TargetError."""
+        return open_session(self.name, path, threads=threads)
+
+    def environment(self) -> dict[str, str]:
+        """Version of the runtime."""
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__, "provider": "CPUExecutionProvider"}
+
+
+def strip(proto: Any) -> None:
+    """Take the exporter's notes and long names out of a model.
+
+    The notes hold paths and lines of the user's source. Shapes of inner values can be inferred, and names of inner values
+    say nothing: together they are a good part of a small file.
+    """
+    import onnx
+
+    proto.producer_name, proto.producer_version = "pared", ""
+    proto.ClearField("doc_string")
+    proto.ClearField("metadata_props")
+    tensors = proto.graph.initializer
+    kept = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    kept |= {tensor.name for tensor in tensors if tensor.name.endswith("weight")}
+    short: dict[str, str] = {}
+    for tensor in tensors:
+        if tensor.name not in kept:
+            tensor.name = short.setdefault(tensor.name, f"t{len(short)}")
+    graphs: list[Any] = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        graph.ClearField("value_info")
+        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+            holder.ClearField("doc_string")
+            holder.ClearField("metadata_props")
+        for node in graph.node:
+            node.ClearField("name")
+            for values in (node.input, node.output):
+                values[:] = [v if v in kept or not v else short.setdefault(v, f"t{len(short)}") for v in values]
+            for attribute in node.attribute:
+                attribute.ClearField("doc_string")
+                graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keep the exporter's own messages off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
