@@ -143,12 +143,18 @@ def test_global_state_is_restored_when_training_ends_or_fails(model: nn.Module, 
             assert state() == before
 
 
-def test_result_depends_on_the_seed_alone_when_data_is_shuffled(model: nn.Module, make_context: MakeContext) -> None:
-    data = TensorDataset(torch.randn(40, 6), torch.randint(0, 2, (40,)))
+@pytest.mark.parametrize("kind", ["loader", "arrays"])
+def test_result_depends_on_the_seed_alone_when_data_is_shuffled(
+    kind: str, model: nn.Module, make_context: MakeContext
+) -> None:
+    x, y = torch.randn(40, 6), torch.randint(0, 2, (40,))
 
     def trained(seed: int, work: str, tmp: Path) -> dict[str, bytes]:
         torch.manual_seed(random.randrange(10**6))
-        ctx = make_context(train=DataLoader(data, batch_size=8, shuffle=True), seed=seed, work=tmp / work)
+        # Arrays are one data set, which the task cuts into batches and shuffles.
+        loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+        source = loader if kind == "loader" else (x.numpy(), y.numpy())
+        ctx = make_context(train=source, seed=seed, work=tmp / work)
         return bits(apply(Train(epochs=2, lr=0.1), model, ctx))
 
     tmp = make_context().work
@@ -240,6 +246,12 @@ def test_training_stops_and_names_the_batch_when_the_loss_is_nan(model: nn.Modul
     saved = torch.load(kept, weights_only=True)
     assert saved["epoch"] == 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved["model"].values())
+
+
+def test_training_stops_when_the_validation_figure_is_nan(model: nn.Module, make_context: MakeContext) -> None:
+    ctx = make_context(metrics=lambda output, target: float("nan"))
+    with pytest.raises(TrainError, match="on validation is nan after epoch 1"):
+        apply(Train(epochs=2, patience=1), model, ctx)
 
 
 def test_training_stops_when_the_last_step_breaks_a_weight(model: nn.Module, make_context: MakeContext) -> None:

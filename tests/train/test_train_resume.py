@@ -49,7 +49,7 @@ class Hidden(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.scale.mul_(1.01)
+            self.scale.mul_(0.98).add_(0.04)
         return self.last(self.dropout(self.norm(self.second(self.first(x).relu()))) * self.scale)
 
 
@@ -83,7 +83,7 @@ class Learned(Callback):
 def shuffled() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(3)
     x, y = torch.randn(50, 6, generator=generator), torch.randint(0, 2, (50,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
+    return DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
 
 
 @pytest.mark.parametrize("optimizer", [SGD(), AdamW()], ids=["sgd", "adamw"])
@@ -253,18 +253,13 @@ def train_many_epochs(work: Path) -> dict[str, bytes]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Hidden().eval()
-    task = Task(
-        example_inputs=torch.zeros(1, 6),
-        train=shuffled(),
-        validation=shuffled(),
-        loss=nn.CrossEntropyLoss(),
-        metrics="accuracy",
-    )
+    task = Task(example_inputs=torch.zeros(1, 6), train=shuffled(), validation=shuffled(), loss=nn.CrossEntropyLoss())
     ctx = Context(task=task, target=None, work=work, dense=model, seed=4)  # type: ignore[arg-type]
     step = Train(epochs=200, lr=0.05, patience=200)
     return bits(step.apply(model, step.plan(model, ctx), ctx))
 
 
+@pytest.mark.slow
 def test_resumed_training_ends_with_the_same_bits_when_killed_at_random_moments(tmp_path: Path) -> None:
     moments = random.Random(time.time_ns())
     delays = [moments.uniform(0, 0.4) for _ in range(2)]
@@ -287,11 +282,7 @@ def test_resumed_training_ends_with_the_same_bits_when_killed_at_random_moments(
         assert saved is not None
         reached.append(saved.epoch)
     assert 0 < reached[0] < reached[1] < 200, (delays, reached)
-    threads = torch.get_num_threads()
-    try:
-        assert train_many_epochs(tmp_path / "cut") == train_many_epochs(tmp_path / "whole"), (delays, reached)
-    finally:
-        torch.set_num_threads(threads)
+    assert train_many_epochs(tmp_path / "cut") == train_many_epochs(tmp_path / "whole"), (delays, reached)
 
 
 def newest(folder: Path) -> int:
