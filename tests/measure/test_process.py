@@ -38,6 +38,11 @@ def test_worker_process_gives_up_when_there_is_no_answer_in_time() -> None:
     assert time.monotonic() - start < 20
 
 
+def test_worker_process_gives_up_when_the_worker_closes_its_pipe_and_lives_on() -> None:
+    with pytest.raises(MeasureError, match=r"no answer within 0\.4 s"):
+        ask("import os; os.close(1); time.sleep(60)", timeout_s=0.4)
+
+
 def test_worker_process_refuses_an_answer_when_it_is_not_of_the_protocol() -> None:
     with pytest.raises(MeasureError, match="'hello', which is not of our protocol"):
         ask("sys.stdin.readline(); print('hello', flush=True); time.sleep(60)")

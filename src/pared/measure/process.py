@@ -81,6 +81,7 @@ class WorkerProcess:
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         stdin = self.process.stdin
+        self.deadline = time.monotonic() + self.timeout_s
         try:
             if stdin is not None:
                 stdin.write(json.dumps(request) + "\n")
@@ -92,9 +93,9 @@ class WorkerProcess:
     def receive(self) -> dict[str, Any]:
         self.deadline = time.monotonic() + self.timeout_s
         line = self.process.stdout.readline() if self.process.stdout is not None else ""
-        self.deadline = float("inf")
         if not line.endswith("\n"):
             raise self.failure()
+        self.deadline = float("inf")
         try:
             answer: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
@@ -103,10 +104,10 @@ class WorkerProcess:
 
     def failure(self) -> MeasureError:
         """What to say about a worker that gives no answer."""
+        status = self.process.wait()  # the deadline still holds, for one that closed its pipe and lives on
         if self.timed_out:
             how = f"gave no answer within {self.timeout_s:g} s and was stopped"
         else:
-            status = self.process.wait()
             how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
         self.stderr.seek(0)
         tail = self.stderr.read().decode("utf8", errors="replace").strip()[-STDERR_TAIL:]

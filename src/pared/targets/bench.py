@@ -124,7 +124,7 @@ def shape_of(spec: InputSpec, file: str, batch_size: int, dimensions: Mapping[st
         elif size:
             raise UsageError(
                 f"{file}: input {spec.name!r} has a free dimension {size!r} (axis {axis}); "
-                f"give its size, as in dimensions={{{size!r}: 128}}"
+                f"give its size, as in dimensions={{{size!r}: 128}} or --dimension {size}=128"
             )
         else:
             raise UsageError(
