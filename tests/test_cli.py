@@ -65,8 +65,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What the commands ask of the pipeline, which is not run here."""
-    from pared.cli import work
-
     made: list[dict[str, Any]] = []
 
     def compress(model: nn.Module, steps: Any, task: Any, **settings: Any) -> Any:
@@ -80,8 +78,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         skips = (Skip("2", "its input is not quantized"),)
         return [Plan("Train"), Plan("QuantizeStatic", edits=edits, skips=skips, estimate=True)]
 
-    monkeypatch.setattr(work.pipeline, "compress", compress)
-    monkeypatch.setattr(work.pipeline, "dry_run", dry_run)
+    fake = types.SimpleNamespace(compress=compress, dry_run=dry_run)
+    monkeypatch.setitem(sys.modules, "pared.pipeline", fake)
     yield made
 
 
@@ -156,7 +154,7 @@ def test_demo_runs_the_recipe_that_ships_with_pared(
     ],
 )
 def test_command_says_in_one_line_what_is_wrong_when_used_wrongly(
-    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    recipe: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     status = main([str(recipe) if argument == "RECIPE" else argument for argument in arguments])
     out, err = capsys.readouterr()

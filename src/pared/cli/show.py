@@ -137,9 +137,10 @@ def list_steps() -> None:
 
 def list_targets() -> None:
     """Every runtime that models can ship on."""
-    from pared.targets import TARGETS
+    from pared.targets.sessions import RUNTIMES
 
-    print_named(TARGETS)
+    rows = [(name, runtime.filename, first_line(runtime.open)) for name, runtime in RUNTIMES.items()]
+    say(table(rows, name="left", file="left", what_it_is="left"))
 
 
 def list_models() -> None:

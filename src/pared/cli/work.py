@@ -8,7 +8,6 @@ import torch
 import typer
 from torch import nn
 
-from pared import pipeline
 from pared.cli import show
 from pared.cli.bars import bars
 from pared.errors import UsageError
@@ -28,9 +27,11 @@ def load(recipe: Recipe, folder: Path) -> tuple[nn.Module, Task]:
 
 def plan(recipe: Recipe, *, folder: Path) -> None:
     """Print what every step would change, and what it would not."""
+    from pared.pipeline import dry_run
+
     model, task = load(recipe, folder)
     with bars() as progress:
-        plans = pipeline.dry_run(
+        plans = dry_run(
             model,
             recipe.steps,
             task,
@@ -44,9 +45,11 @@ def plan(recipe: Recipe, *, folder: Path) -> None:
 
 def run(recipe: Recipe, *, folder: Path, out: Path, resume: bool, overwrite: bool) -> None:
     """Compress by a recipe, then print the ledger and where the report is."""
+    from pared.pipeline import compress
+
     model, task = load(recipe, folder)
     with bars() as progress:
-        artifact = pipeline.compress(
+        artifact = compress(
             model,
             recipe.steps,
             task,
