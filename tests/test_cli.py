@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from pared.cli import main
 from pared.errors import ParedError, ParityError, PlanError
 from pared.recipe import STEPS, Recipe, step_class
 from pared.recipe_schema import option_table
-from pared.report.data import Final, Report, Stage, Timing
+from pared.report.data import Final, Latency, Report, Speedup, Stage, Timing
 from pared.step import Edit, Plan, Skip
+from pared.targets.bench import BenchRow
 
 SOURCE = Path(pared.__file__).parents[1]
 NETS = """
@@ -289,3 +291,33 @@ def test_module_runs_as_the_command_and_gives_its_status() -> None:
 def test_demo_recipe_reads() -> None:
     recipe = Recipe.read(Path(pared.__file__).with_name("demo.yaml"))
     assert recipe.budget.max_drop is not None
+
+
+def test_bench_shows_every_file_against_the_first(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def bench(files: Any, **settings: Any) -> list[BenchRow]:
+        asked.append((files, settings))
+        first = BenchRow(
+            file=files[0],
+            latency_ms=Latency(p50=8.1, p90=9.0),
+            speedup=None,
+            size_bytes=4_000_000,
+            peak_memory_bytes=90_000_000,
+        )
+        speedup = Speedup(value=2.7, low=2.5, high=2.9, verdict="faster")
+        return [first, dataclasses.replace(first, file=files[1], speedup=speedup, size_bytes=1_000_000)]
+
+    monkeypatch.setattr("pared.targets.bench.bench", bench)
+    monkeypatch.setenv("COLUMNS", "140")
+    options = ["--batch-size", "4", "--threads", "1", "--dimension", "n=7", "--dimension", "m=8"]
+    assert main(["bench", "a[1].onnx", "b.onnx", *options]) == 0
+    settings = {"target": "onnxruntime", "batch_size": 4, "threads": 1, "dimensions": {"n": 7, "m": 8}}
+    assert asked == [([Path("a[1].onnx"), Path("b.onnx")], settings)]
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "a[1].onnx 8.10 ms 9.00 ms baseline 4.00 MB 90.0 MB" in rows
+    assert "b.onnx 8.10 ms 9.00 ms 2.70x (2.50x to 2.90x) faster 1.00 MB 90.0 MB" in rows
+    assert main(["bench", "a.onnx", "--dimension", "n"]) == 2
+    assert "error: --dimension n: write NAME=SIZE" in capsys.readouterr().err
