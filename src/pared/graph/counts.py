@@ -26,12 +26,10 @@ TECHNIQUES: Mapping[str, tuple[str, ...]] = {
     "aten.conv1d": ("quantize", "prune", "factorize"),
     "aten.conv2d": ("quantize", "prune", "factorize", "winograd"),
     "aten.conv3d": ("quantize", "prune", "factorize"),
-    "aten.conv_transpose1d": ("quantize", "prune"),
-    "aten.conv_transpose2d": ("quantize", "prune"),
-    "aten.conv_transpose3d": ("quantize", "prune"),
+    "aten.conv_transpose1d": ("prune",),
+    "aten.conv_transpose2d": ("prune",),
+    "aten.conv_transpose3d": ("prune",),
     "aten.linear": ("quantize", "prune", "factorize"),
-    "aten.matmul": ("quantize",),
-    "aten.bmm": ("quantize",),
 }
 
 
