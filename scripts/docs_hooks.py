@@ -1,8 +1,8 @@
 """Fills the documentation's markers with tables made from the code and from the benchmarks' JSON: none goes stale.
 
 mkdocs calls `on_page_markdown` for each page. A marker is an HTML comment alone on its line: `<!-- steps -->`,
-`<!-- options: Budget -->`, `<!-- commands -->`, `<!-- errors -->`, `<!-- results: demo -->`. An unknown one stops the
-build.
+`<!-- options: Budget -->`, `<!-- commands -->`, `<!-- errors -->`, `<!-- decisions -->`, `<!-- results: demo -->`. An
+unknown one stops the build.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RECORDS = ROOT / "docs" / "decisions"
 MARKER = re.compile(r"^<!-- (\w+)(?:: (\w+))? -->$", re.MULTILINE)
 
 
@@ -115,10 +117,18 @@ def figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def decisions() -> str:
+    """Every record, by its own heading."""
+    records = sorted(RECORDS.glob("[0-9]*.md"))
+    titles = [path.read_text(encoding="utf8").splitlines()[0].removeprefix("# ") for path in records]
+    return "\n".join(f"- [{title}]({path.name})" for title, path in zip(titles, records, strict=True))
+
+
 MAKERS: dict[str, Callable[..., str]] = {
     "options": options,
     "steps": steps,
     "commands": commands,
+    "decisions": decisions,
     "errors": errors,
     "results": results,
 }
