@@ -7,12 +7,13 @@ unknown one stops the build.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,9 +36,14 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def options(name: str) -> str:
     """The settings of a step, or of a part of the recipe."""
     from pared import recipe
+
+    return option_rows(recipe.step_class(name) if name in recipe.STEPS else getattr(recipe, name))
+
+
+def option_rows(kind: type[Any]) -> str:
+    """The settings of a class as a table."""
     from pared.recipe_schema import option_table
 
-    kind = recipe.step_class(name) if name in recipe.STEPS else getattr(recipe, name)
     rows = option_table(kind)
     if not rows:
         return "No settings."
@@ -51,8 +57,23 @@ def steps() -> str:
     """Every step: what it does, and its settings."""
     from pared.recipe import STEPS, step_class
 
-    parts = [f"## {name}\n\n{summary(step_class(name))}\n\n{options(name)}" for name in STEPS]
+    parts = []
+    for name in STEPS:
+        kind = step_class(name)
+        parts.append(f"## {name}\n\n{summary(kind)}\n\n{option_rows(kind)}")
+        parts += [f"### {part.__name__}\n\n{summary(part)}\n\n{option_rows(part)}" for part in values_in(kind)]
     return "\n\n".join(parts)
+
+
+def values_in(kind: Any) -> list[Any]:
+    """The small settings classes that the settings of a class are made of, each once."""
+    waiting, found = list(get_type_hints(kind).values()), {}
+    while waiting:
+        hint = waiting.pop(0)
+        waiting += get_args(hint)
+        if dataclasses.is_dataclass(hint) and hint is not kind:
+            found[hint] = None
+    return list(found)
 
 
 def summary(thing: object) -> str:
