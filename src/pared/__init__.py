@@ -1,1 +1,63 @@
-"""pared: make a trained PyTorch network smaller and faster, with the proof measured on the file that ships."""
+"""pared: make a trained PyTorch network smaller and faster, with the proof measured on the file that ships.
+
+The names below are imported when they are first used, so that `import pared` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pared.artifact import Artifact, load, open_artifact
+    from pared.errors import ParedError
+    from pared.pipeline import compress, dry_run
+    from pared.quantize.static import QuantizeStatic
+    from pared.recipe import Budget, Recipe, TimingSettings
+    from pared.report.data import Report
+    from pared.task import Task
+    from pared.train.step import Train
+
+HOMES = {
+    "Artifact": "pared.artifact",
+    "Budget": "pared.recipe",
+    "ParedError": "pared.errors",
+    "QuantizeStatic": "pared.quantize.static",
+    "Recipe": "pared.recipe",
+    "Report": "pared.report.data",
+    "Task": "pared.task",
+    "TimingSettings": "pared.recipe",
+    "Train": "pared.train.step",
+    "compress": "pared.pipeline",
+    "dry_run": "pared.pipeline",
+    "load": "pared.artifact",
+    "open_artifact": "pared.artifact",
+}
+
+__all__ = [
+    "Artifact",
+    "Budget",
+    "ParedError",
+    "QuantizeStatic",
+    "Recipe",
+    "Report",
+    "Task",
+    "TimingSettings",
+    "Train",
+    "compress",
+    "dry_run",
+    "load",
+    "open_artifact",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'pared' has no attribute {name!r}")
+    value = getattr(importlib.import_module(HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

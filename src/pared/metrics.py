@@ -55,7 +55,9 @@ def check_labels(output: Tensor, target: Tensor) -> None:
     """Raise `DataError` unless every label is an index of the output's classes (dimension 1)."""
     classes = output.shape[1]
     if not isinstance(target, Tensor) or target.is_floating_point():
-        raise DataError(f"labels must be integer class indices, found {getattr(target, 'dtype', type(target).__name__)}")
+        raise DataError(
+            f"labels must be integer class indices, found {getattr(target, 'dtype', type(target).__name__)}"
+        )
     low, high = int(target.min()), int(target.max())
     if low < 0 or high >= classes:
         raise DataError(f"label {low if low < 0 else high} lies outside the model's classes 0..{classes - 1}")

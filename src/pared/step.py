@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -120,9 +120,18 @@ class Scheme:
     absorbed: frozenset[str]
 
 
+class InputSpec(Protocol):
+    """One input of an exported file."""
+
+    @property
+    def name(self) -> str: ...
+
+
 class Session(Protocol):
     """An exported file, opened in its runtime."""
 
+    @property
+    def inputs(self) -> Sequence[InputSpec]: ...
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """All outputs for the given inputs, both in the file's order."""
 
@@ -188,7 +197,13 @@ class Context:
 
 
 class Step(Protocol):
-    """One technique with its settings."""
+    """One technique with its settings.
+
+    Attributes:
+        trains: True for a training, which belongs to the block of the change before it.
+    """
+
+    trains: ClassVar[bool]
 
     @property
     def needs(self) -> frozenset[Need]:

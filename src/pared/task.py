@@ -175,9 +175,7 @@ class Task:
         for name, want in expected.items():
             have = found[name]
             free = {0, *self.dynamic_of(name)}
-            same = have.ndim == want.ndim and all(
-                d in free or have.shape[d] == want.shape[d] for d in range(want.ndim)
-            )
+            same = have.ndim == want.ndim and all(d in free or have.shape[d] == want.shape[d] for d in range(want.ndim))
             if not same:
                 raise DataError(
                     f"{where}: input {name} has shape {tuple(have.shape)}, the example has {tuple(want.shape)}; "
@@ -224,7 +222,10 @@ class Task:
                 continue
             digest.update(role.encode())
             for batch in first_batches(getattr(self, role)):
-                tensors = [*batch.inputs.arrays(), *([batch.target.numpy()] if isinstance(batch.target, Tensor) else [])]
+                tensors = [
+                    *batch.inputs.arrays(),
+                    *([batch.target.numpy()] if isinstance(batch.target, Tensor) else []),
+                ]
                 for array in tensors:
                     digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

@@ -75,7 +75,9 @@ def qparams_of_range(low: Tensor, high: Tensor, numbers: Grid, *, symmetric: boo
         (0.1, 0)
     """
     if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise QuantizeError("a range to quantize is not finite; look for NaN or infinity in the data or the layer before")
+        raise QuantizeError(
+            "a range to quantize is not finite; look for NaN or infinity in the data or the layer before"
+        )
     if bool((low > high).any()):
         raise QuantizeError(f"a range to quantize is upside down: low {low.max().item()}, high {high.min().item()}")
     low, high = low.double().clamp(max=0.0), high.double().clamp(min=0.0)

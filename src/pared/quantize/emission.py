@@ -16,7 +16,16 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401 - importing it re
 
 from pared.errors import QuantizeError
 from pared.graph.capture import operator
-from pared.quantize.affine import Grid, QParams, choose_qparams, fit_bias, grid, quantize, quantize_bias, qparams_of_range
+from pared.quantize.affine import (
+    Grid,
+    QParams,
+    choose_qparams,
+    fit_bias,
+    grid,
+    quantize,
+    quantize_bias,
+    qparams_of_range,
+)
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
 from pared.quantize.placement import Anchor, Placement, behind
 from pared.step import Scheme
@@ -149,7 +158,9 @@ def drop_implied_clips(
         if low is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
             continue
         # Half a quantum of slack: a value beyond the clip by less still rounds to the same integer.
-        if (numbers.low - zero_point) * scale >= low - scale / 2 and (numbers.high - zero_point) * scale <= high + scale / 2:
+        if (numbers.low - zero_point) * scale >= low - scale / 2 and (
+            numbers.high - zero_point
+        ) * scale <= high + scale / 2:
             node.replace_all_uses_with(node.args[0])
 
 

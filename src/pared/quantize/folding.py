@@ -104,7 +104,9 @@ def folded(
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 14.
     """
     if mean is None or var is None:
-        raise QuantizeError("a batch norm without running statistics cannot be folded; train it with track_running_stats")
+        raise QuantizeError(
+            "a batch norm without running statistics cannot be folded; train it with track_running_stats"
+        )
     std = torch.sqrt(var.double() + eps)
     factor = (gamma.double() if gamma is not None else torch.ones_like(std)) / std
     start = bias.double() if bias is not None else torch.zeros_like(std)

@@ -97,9 +97,11 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
 
 def label(node: fx.Node) -> str:
     """What a skipped operator is called: its module, and for operators that are not modules their name too."""
-    return owner(node) if operator(node).split(".")[-1] in {"linear", "lstm", "gru", "embedding"} or is_convolution(
-        node
-    ) else f"{owner(node) or '(root)'}:{node.name}"
+    return (
+        owner(node)
+        if operator(node).split(".")[-1] in {"linear", "lstm", "gru", "embedding"} or is_convolution(node)
+        else f"{owner(node) or '(root)'}:{node.name}"
+    )
 
 
 def is_convolution(node: fx.Node) -> bool:

@@ -40,7 +40,9 @@ class Percentile:
     """
 
     kind: Literal["percentile"] = "percentile"
-    percentile: Annotated[float, pydantic.Field(gt=50, le=100, description="Percent of values inside each end.")] = 99.99
+    percentile: Annotated[float, pydantic.Field(gt=50, le=100, description="Percent of values inside each end.")] = (
+        99.99
+    )
 
     def observer(self) -> Histogram:
         """An empty statistic for one tensor."""

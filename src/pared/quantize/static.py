@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pared.errors import PlanError
 from pared.graph.capture import capture
@@ -35,14 +34,14 @@ class QuantizeStatic:
         'percentile'
     """
 
+    trains: ClassVar[bool] = False
+
     ranges: Annotated[
         MinMax | Percentile,
         pydantic.Field(discriminator="kind", description="How to choose activation ranges: minmax or percentile."),
         pydantic.BeforeValidator(named_ranges),
     ] = MinMax()
-    include: Annotated[
-        tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")
-    ] = ("*",)
+    include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
     exclude: Annotated[
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to keep in float.")
     ] = ()
@@ -63,7 +62,10 @@ class QuantizeStatic:
             roots = dict.fromkeys(placement.tensors.values())
             observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
             facts["samples"] = calibrate(
-                graph, observers, first_samples(ctx.task.batches("calibration", "QuantizeStatic"), self.samples), ctx.progress
+                graph,
+                observers,
+                first_samples(ctx.task.batches("calibration", "QuantizeStatic"), self.samples),
+                ctx.progress,
             )
             facts["ranges"] = {name: list(self.ranges.range(seen)) for name, seen in observers.items()}
             ctx.memo["QuantizeStatic"] = (model, graph, placement)
@@ -96,12 +98,26 @@ class QuantizeStatic:
         graph = capture(model, ctx.task).module(check_guards=False)
         if not isinstance(graph, fx.GraphModule):
             raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
-        graph = copy.deepcopy(graph)  # stored tensors are the model's own until here
+        own_tensors(graph)
         fold_batch_norms(graph)
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         if not placement.anchors:
             reasons = "; ".join(f"{skip.module}: {skip.reason}" for skip in placement.skips[:3])
             raise PlanError(
-                "QuantizeStatic would quantize no layer" + (f" ({reasons})" if reasons else ": the model has none that could")
+                "QuantizeStatic would quantize no layer"
+                + (f" ({reasons})" if reasons else ": the model has none that could")
             )
         return graph, placement
+
+
+def own_tensors(graph: fx.GraphModule) -> None:
+    """Give a captured graph copies of its tensors, which are the model's own until here; shared ones stay shared."""
+    copies: dict[int, Tensor] = {}
+    for module in graph.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                copied = copies.setdefault(id(tensor), nn.Parameter(tensor.detach().clone(), requires_grad=False))
+                module._parameters[name] = copied  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
 from pared.step import Scheme
-from pared.targets.sessions import OnnxRuntimeSession, open_session
+from pared.targets.sessions import OpenSession, open_session
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +70,9 @@ class OnnxRuntime:
             try:
                 exported = torch.onnx.export(program, dynamo=True, verbose=False)
             except torch.onnx.errors.OnnxExporterError as error:
-                raise TargetError(f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+                raise TargetError(
+                    f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
+                ) from error
         if exported is None:
             raise TargetError("onnxruntime: the exporter returned nothing")
         proto = exported.model_proto
@@ -82,7 +83,7 @@ class OnnxRuntime:
             raise TargetError(f"onnxruntime: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
         path.write_bytes(proto.SerializeToString(deterministic=True))
 
-    def open(self, path: Path, *, threads: int) -> OnnxRuntimeSession:
+    def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
 
@@ -140,8 +141,3 @@ def hushed() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 from torch import nn
@@ -36,6 +36,8 @@ Technique = Annotated[
 @settings
 class Train:
     """Train all weights that require a gradient, with the task's loss on its `train` data."""
+
+    trains: ClassVar[bool] = True
 
     epochs: Annotated[int, pydantic.Field(description="Times that every sample is seen.", ge=1)] = 3
     lr: Annotated[

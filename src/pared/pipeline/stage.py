@@ -1,0 +1,206 @@
+"""One stage of a run: the model after a step, exported, checked against its own PyTorch model, and measured as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pared.errors import ModelError
+from pared.graph.capture import evaluating
+from pared.graph.counts import LayerCount, nonzero_params
+from pared.measure.fidelity import Comparison
+from pared.measure.parity import FLOAT_FLOOR_DB, check_parity
+from pared.metrics import Metric
+from pared.pipeline.workspace import write_json
+from pared.report.data import Agreement, Layer
+from pared.step import Plan, Session, Target
+from pared.task import Batch, Inputs, Role, Task, call, evaluate
+
+PARITY_SAMPLES = 256
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stage:
+    """A model on its way, with its exported file.
+
+    Attributes:
+        key: Fingerprint of all that went into it.
+        model: After the step; a quantized program where `quantized`.
+        floating: The last module before activation quantization: what can be trained on and reloaded.
+        plan: What the step changed; None for the baseline.
+        file: The exported file.
+        output: Which of the file's outputs `Task.output` picks.
+        facts: What `stage.json` holds: parity, fidelity, metrics, size, seconds.
+    """
+
+    key: str
+    model: nn.Module
+    floating: nn.Module
+    plan: Plan | None
+    file: Path
+    output: int
+    facts: dict[str, Any]
+
+    @property
+    def quantized(self) -> bool:
+        """True where activations are quantized: the model is an exported program."""
+        return self.model is not self.floating
+
+    def agreement(self, name: str) -> Agreement:
+        """Parity or fidelity, as measured."""
+        return pydantic.TypeAdapter(Agreement).validate_python(self.facts[name])
+
+
+def output_index(model: nn.Module, task: Task) -> int:
+    """Which of the outputs, flattened as in the exported file, the task looks at. Raises: ModelError."""
+    with torch.no_grad(), evaluating(model):
+        raw = call(model, task.example_inputs)
+    picked = task.pick(raw)
+    leaves = [leaf for leaf in tree_leaves(raw) if isinstance(leaf, Tensor)]
+    for index, leaf in enumerate(leaves):
+        if leaf is picked:
+            return index
+    raise ModelError(
+        "Task(output=...) must pick one of the model's outputs as it is, not compute a new tensor from them"
+    )
+
+
+def feed(session: Session, inputs: Inputs) -> list[np.ndarray]:
+    """Arrays in the order of the file's inputs: keyword arguments by name, positional ones as they come."""
+    names = [spec.name for spec in session.inputs]
+    if inputs.kwargs and not inputs.args and set(names) <= set(inputs.kwargs):
+        return [inputs.tensors[name].detach().cpu().numpy() for name in names]
+    return inputs.arrays()
+
+
+def runner(session: Session, output: int) -> Any:
+    """A prediction function of an exported file."""
+    return lambda inputs: torch.from_numpy(session.run(feed(session, inputs))[output])
+
+
+def judging_data(task: Task) -> tuple[Role | None, Iterator[Batch]]:
+    """What fidelity and parity are taken on: validation, else calibration, else the example inputs; never test."""
+    roles: tuple[Role, ...] = ("validation", "calibration", "train")
+    for role in roles:
+        if getattr(task, role) is not None:
+            return role, task.batches(role, "measuring")
+    return None, iter([Batch(task.example_inputs, None)])
+
+
+def fidelity_and_metrics(
+    session: Session, baseline: Session, task: Task, output: int, metrics: Sequence[Metric]
+) -> tuple[Agreement, dict[str, float]]:
+    """How far a file's outputs are from the baseline file's, and its metrics on `validation`, in one pass."""
+    comparison = Comparison()
+    predict, reference = runner(session, output), runner(baseline, output)
+    role, batches = judging_data(task)
+
+    def compared(inputs: Inputs) -> Tensor:
+        found: Tensor = predict(inputs)
+        comparison.update(reference(inputs).numpy(), found.numpy())
+        return found
+
+    measured: dict[str, float] = {}
+    if role == "validation" and metrics:
+        measured = evaluate(compared, batches, metrics)
+    else:
+        for batch in batches:
+            compared(batch.inputs)
+    return comparison.result(), measured
+
+
+def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task) -> Agreement:
+    """The file against its own PyTorch model, judged.
+
+    A float file must reach FLOAT_FLOOR_DB. Rounding to integers is chaotic: a difference in the last bit of an
+    accumulator flips a whole quantum somewhere, and the flip spreads, so that two faithful runs of one integer network differ by
+    almost as much as quantization itself costs. So a quantized file may be no further from its PyTorch model than that model
+    is from its float original: beyond that, something else than rounding is at work.
+
+    Raises:
+        ParityError: The file is further off.
+    """
+    own, cost = Comparison(), Comparison()
+    predict = runner(session, stage.output)
+    seen = 0
+    with torch.no_grad(), evaluating(stage.model):
+        for batch in judging_data(task)[1]:
+            model_output = task.pick(call(stage.model, batch.inputs)).numpy()
+            own.update(model_output, predict(batch.inputs).numpy())
+            if stage.quantized and before is not None:
+                with evaluating(before):
+                    cost.update(task.pick(call(before, batch.inputs)).numpy(), model_output)
+            seen += batch.inputs.size
+            if seen >= PARITY_SAMPLES:
+                break
+    floor = FLOAT_FLOOR_DB
+    if stage.quantized and before is not None:
+        floor = min(cost.result().sqnr_db or floor, floor)
+    found = own.result()
+    check_parity(found, floor_db=floor, where=stage.plan.step if stage.plan else "baseline")
+    return found
+
+
+def finish_stage(
+    stage: Stage, before: nn.Module | None, baseline: Path, task: Task, target: Target, threads: int
+) -> None:
+    """Export a stage, pass it through the parity gate, take what does not depend on time, and write it all down."""
+    folder = stage.file.parent
+    target.export(stage.model, task, stage.file)
+    session = target.open(stage.file, threads=threads)
+    stage.facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
+    reference = target.open(baseline, threads=threads)
+    fidelity, metrics = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
+    parameters = {id(p): p for p in stage.floating.parameters()}.values()
+    stage.facts |= {
+        "fidelity": dataclasses.asdict(fidelity),
+        "metrics": metrics,
+        "size_bytes": stage.file.stat().st_size,
+        "params": sum(parameter.numel() for parameter in parameters),
+        "nonzero_params": nonzero_params(stage.floating),
+    }
+    if stage.plan is not None:
+        write_json(folder / "plan.json", stage.plan.to_json())
+    write_json(folder / "stage.json", stage.facts)
+
+
+def read_stage(folder: Path) -> tuple[Plan, dict[str, Any]] | None:
+    """Plan and facts of a finished stage, or None."""
+    if not (folder / "stage.json").exists():
+        return None
+    facts = json.loads((folder / "stage.json").read_text(encoding="utf8"))
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf8"))
+    return Plan.from_json(plan), facts
+
+
+def test_metrics(
+    files: Sequence[Path], output: int, task: Task, target: Target, threads: int
+) -> list[dict[str, float]]:
+    """Metrics of exported files on `test` data, which is read here and nowhere else."""
+    if task.test is None or not task.metrics:
+        return [{} for _ in files]
+    sessions = [target.open(file, threads=threads) for file in files]
+    return [evaluate(runner(s, output), task.batches("test"), task.metrics) for s in sessions]
+
+
+def layer_table(counts: Sequence[LayerCount], plans: Sequence[Plan]) -> tuple[Layer, ...]:
+    """What each layer became by the plans kept so far."""
+    became: dict[str, str] = {}
+    for plan in plans:
+        for edit in plan.edits:
+            became[edit.module] = f"int{edit.detail['bits']}" if edit.kind == "quantize" else edit.kind
+    return tuple(
+        Layer(
+            module=row.module, kind=row.kind, params=row.params, macs=row.macs, became=became.get(row.module, "float32")
+        )
+        for row in counts
+    )
