@@ -36,7 +36,14 @@ $(VENV)/%.stamp: $(VENV)/pared.stamp
 	@$(INSTALL) -e '.[$*]'
 	@touch $@
 
-setup: $(VENV)/dev.stamp $(VENV)/docs.stamp
+# No build of torchvision for CPUs fits the pinned torch, and one that does not fit breaks torchmetrics by its mere
+# presence. So it lies apart, where only tests and benchmarks that want its architectures look (tests/torchvision_models.py).
+$(VENV)/torchvision.stamp: $(VENV)/dev.stamp
+	@echo 'installing torchvision apart'
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/apart torchvision
+	@touch $@
+
+setup: $(VENV)/dev.stamp $(VENV)/docs.stamp $(VENV)/torchvision.stamp
 
 demo: $(VENV)/pared.stamp
 	@$(BIN)/pared demo
@@ -48,26 +55,26 @@ check: $(VENV)/dev.stamp
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python scripts/check_limits.py
 
-test: $(VENV)/dev.stamp
+test: $(VENV)/torchvision.stamp
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
-contract: $(VENV)/dev.stamp
+contract: $(VENV)/torchvision.stamp
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m contract tests
 
 docs: $(VENV)/docs.stamp
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/bench.stamp
+bench: $(VENV)/bench.stamp $(VENV)/torchvision.stamp
 	@test -n '$(NAME)' || { echo 'say which: make bench NAME=..., one of' $(basename $(notdir $(wildcard benchmarks/*.py))) >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py
 
-# A clean environment with every extra that CI or bench installs, frozen; torch and torchvision stay where they are.
+# A clean environment with every extra that CI or bench installs, frozen; torch and torchvision stay as they are.
 constraints:
 	@rm -rf $(VENV)-new && $(PYTHON) -m venv $(VENV)-new
 	@$(VENV)-new/bin/python -m pip install --quiet hatchling editables
 	@$(VENV)-new/bin/python -m pip install --quiet --no-build-isolation \
-	  $$(grep -E '^torch(vision)?==' constraints.txt) -e '.[dev,docs,bench]'
-	@{ sed -n '/^#/p' constraints.txt; $(VENV)-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > $(VENV)-new/frozen
+	  $$(grep -E '^torch==' constraints.txt) -e '.[dev,docs,bench]'
+	@{ sed -n '/^#/p; /^torchvision==/p' constraints.txt; $(VENV)-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > $(VENV)-new/frozen
 	@mv $(VENV)-new/frozen constraints.txt && rm -rf $(VENV)-new
 
 clean:

@@ -47,7 +47,8 @@ def test_page_examples_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
         if title:
             (tmp_path / title).write_text(text, encoding="utf8")
         elif language == "python":
-            exec(compile(text, f"{relative(page)}, block {number}", "exec"), namespace)  # noqa: S102  # our own pages
+            code = compile(text, f"{relative(page)}, block {number}", "exec", dont_inherit=True)
+            exec(code, namespace)  # noqa: S102  # our own pages
         elif language == "bash":
             for line in re.sub(r"\\\n\s*", "", text).splitlines():
                 run_command(line.split(" #")[0].strip())

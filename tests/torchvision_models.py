@@ -21,6 +21,9 @@ from torch import nn
 @functools.cache
 def schemas() -> torch.library.Library | None:
     """The missing schemas, which live as long as this library does; None where torchvision brings its own."""
+    # It lies apart, because torchmetrics imports any torchvision that it finds, and fails with this one.
+    sys.path.append(str(Path(sys.prefix) / "apart"))
+    importlib.invalidate_caches()
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         pytest.skip("torchvision is not installed")
