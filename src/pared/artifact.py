@@ -214,7 +214,8 @@ def load(
             raise ArtifactError(f"{path} is not quantized: it holds no {PROGRAM}; load it without quantized=True")
         if not trust:
             raise ArtifactError(
-                f"{path}/{PROGRAM} can carry code; load it with trust=True if you trust whoever made it, or use predict()"
+                f"{path}/{PROGRAM} can carry code; load it with trust=True if you trust whoever made it, "
+                "or run the exported file with predict()"
             )
         # Reading a program needs the quantize operators, which importing this registers.
         from pared.quantize import emission  # noqa: F401

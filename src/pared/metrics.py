@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pared.errors import DataError, UsageError, nearest
@@ -98,7 +97,7 @@ def f1(output: Tensor) -> Any:
     return MulticlassF1Score(num_classes=output.shape[1], average="macro", validate_args=False)
 
 
-def mse(output: Tensor) -> Any:
+def mse(_output: Tensor) -> Any:
     from torchmetrics.regression import MeanSquaredError
 
     return MeanSquaredError()
@@ -139,17 +138,7 @@ def resolve_metric(item: Any) -> Metric:
     name = getattr(item, "__name__", type(item).__name__)
     better = getattr(item, "higher_is_better", None)
     if hasattr(item, "update") and hasattr(item, "compute") and hasattr(item, "clone"):
-        return Metric(name, better is not False, lambda output: item.clone())
+        return Metric(name, better is not False, lambda _: item.clone())
     if callable(item):
-        return Metric(name, better is not False, lambda output: MeanOf(item))
+        return Metric(name, better is not False, lambda _: MeanOf(item))
     raise UsageError(f"a metric is a name, a callable or a torchmetrics object, found {type(item).__name__}")
-
-
-def predictions(output: Tensor) -> Tensor:
-    """Class indices of an output with classes in dimension 1.
-
-    Example:
-        >>> predictions(torch.tensor([[0.1, 0.9]])).tolist()
-        [1]
-    """
-    return output.argmax(dim=1)

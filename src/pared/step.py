@@ -1,7 +1,7 @@
 """The nouns that every technique shares: Edit, Skip, Plan, Step, Context, Scheme, Target.
 
-A step is its own configuration: a frozen, strict, keyword-only dataclass made by `settings`, with `plan` (reads only) and `apply`.
-This file knows no technique and no runtime.
+A step is its own configuration: a frozen, strict, keyword-only dataclass made by `settings`, with `plan` (reads only)
+and `apply`. This file knows no technique and no runtime.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Scheme:
         activation_symmetric: True puts every activation's zero point at 0.
         weighted: Operators with a weight that run in integers: the anchors of the placement.
         whole: Of these, the ones that run in integers only where their output is quantized too.
-        joining: Operators that run in integers between anchors (residual adds, concats), and are left in float elsewhere.
+        joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
     """
@@ -248,7 +248,7 @@ def settings(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise SettingError(explain(error, cls.__name__, valid)) from None
 
-    made.__init__ = checked_init  # type: ignore[method-assign]
+    made.__init__ = checked_init  # type: ignore[method-assign, assignment]
     return made  # type: ignore[return-value]
 
 

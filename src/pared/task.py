@@ -75,7 +75,7 @@ def as_inputs(value: Any) -> Inputs:
     if isinstance(value, (tuple, list)):
         return Inputs(tuple(as_tensor(item) for item in value), {})
     raise DataError(
-        f"model inputs must be a tensor, a tuple of tensors or a dict of keyword arguments, found {type(value).__name__}"
+        f"model inputs must be a tensor, a tuple of tensors or a dict of keyword arguments, not {type(value).__name__}"
     )
 
 
@@ -100,8 +100,9 @@ class Task:
     """What a model is for.
 
     Only `example_inputs` is required: each step says what else it needs, and without `validation` the ledger has
-    fidelity but no metric. Data sources may be a DataLoader, a torch Dataset, a list of batches, a pair of numpy arrays, a
-    Hugging Face dataset, a parquet file of images or a folder of class folders; one-shot iterators are refused.
+    fidelity but no metric. Data sources may be a DataLoader, a torch Dataset, a list of batches, a pair of numpy
+    arrays, a Hugging Face dataset, a parquet file of images or a folder of class folders; one-shot iterators are
+    refused.
 
     Attributes:
         example_inputs: Inputs of one call, with the batch first.
@@ -110,8 +111,8 @@ class Task:
         validation: Batches that decide: early stopping, roll back, search.
         test: Batches that are read once, for the final figures.
         loss: `loss(output, target) -> scalar`.
-        metrics: Names (accuracy, top5, f1, mse), callables `f(output, target) -> number`, `Metric` or torchmetrics objects.
-            The first one decides.
+        metrics: Names (accuracy, top5, f1, mse), callables `f(output, target) -> number`, `Metric` or torchmetrics
+            objects. The first one decides.
         teachers: Live teacher models by name.
         dynamic: Further dynamic dimensions: {input name or position: {dimension: name}}. The batch always is.
         output: Key, index or function that picks the tensor out of a rich output.

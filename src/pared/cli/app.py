@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pared.errors import ParedError
+from pared.errors import ParedError, UsageError
 
 STOPPED = 130
 Data = Literal["embedded", "full"]
@@ -147,10 +147,10 @@ def bench(
 
 
 def dimension_of(text: str) -> tuple[str, int]:
-    """The name and size in `NAME=SIZE`."""
+    """The name and size in `NAME=SIZE`. Raises: UsageError."""
     name, _, size = text.partition("=")
     if not name or not size.isdecimal() or int(size) < 1:
-        raise typer.BadParameter(f"--dimension {text}: write NAME=SIZE, e.g. sequence=128")
+        raise UsageError(f"--dimension {text}: write NAME=SIZE, e.g. sequence=128")
     return name, int(size)
 
 

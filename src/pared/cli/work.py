@@ -61,6 +61,7 @@ def run(recipe: Recipe, *, folder: Path, out: Path, resume: bool, overwrite: boo
             resume=resume,
             overwrite=overwrite,
             progress=progress,
+            recipe=recipe.to_json(),
         )
     show.print_report(artifact.report)
     typer.echo(f"\nreport: {artifact.path / 'report.html'}")

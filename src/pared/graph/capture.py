@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from pared import errors
 from pared.errors import CaptureError
 from pared.task import Inputs, Task
+
+# Folders whose source is not the caller's.
+OURS = tuple(Path(file).parent for file in (torch.__file__, errors.__file__) if file)
+STANDARD_LIBRARY = Path(contextlib.__file__).parent
 
 
 def capture(model: nn.Module, task: Task) -> ExportedProgram:
@@ -31,19 +36,32 @@ def capture(model: nn.Module, task: Task) -> ExportedProgram:
     inputs = doubled(task.example_inputs)
     shapes = dynamic_shapes(inputs, task)
     with evaluating(model), torch.no_grad(), quiet():
-        try:
+        with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
-        except Exception as error:  # noqa: BLE001 - the caller's forward may raise anything; it is re-raised as ours
-            raise CaptureError(f"the model does not run on the example inputs: {where(error)}") from error
-        try:
+        with Explained(
+            "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
+        ):
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
             # In-place operators would make a rewritten graph read values that have changed since.
             return program.run_decompositions({}) if has_mutation(program) else program
-        except Exception as error:  # noqa: BLE001 - torch.export documents no closed set of exceptions
-            raise CaptureError(
-                f"the model cannot be exported: {where(error)}; rewrite that line so that it does not depend on values "
-                "of tensors, or exclude the layer"
-            ) from error
+
+
+class Explained:
+    """Turns whatever the caller's own code raises while it is run or traced into a `CaptureError` that says where.
+
+    That code may raise anything, and `torch.export` documents no closed set either; so every `Exception` is explained
+    here, at the boundary, and none is swallowed.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CaptureError):
+            raise CaptureError(self.message.format(where(error))) from error
 
 
 def has_mutation(program: ExportedProgram) -> bool:
@@ -103,17 +121,20 @@ def where(error: BaseException) -> str:
     """First line of an error, with the last line of the caller's own code that it went through."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
-    user = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not re.search(r"[/\\](torch|pared|contextlib)[/\\.]", frame.filename) and frame.filename != "<string>"
-    ]
-    if not user:
-        found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
-        found = [item for item in found if not re.search(r"[/\\](torch|pared)[/\\]", item[0])]
-        return f"{first} (at {found[-1][0]}:{found[-1][1]}, in {found[-1][2]})" if found else first
-    last = user[-1]
-    return f"{first} (at {last.filename}:{last.lineno}, in {last.name}: {last.line})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_callers(frame.filename)]
+    if frames:
+        last = frames[-1]
+        return f"{first} (at {last.filename}:{last.lineno}, in {last.name}: {last.line})"
+    # Some errors of torch.export carry the caller's stack in their text alone.
+    found = [item for item in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text) if is_callers(item[0])]
+    return f"{first} (at {found[-1][0]}:{found[-1][1]}, in {found[-1][2]})" if found else first
+
+
+def is_callers(filename: str) -> bool:
+    """True for a source file that is neither PyTorch's, nor Python's, nor ours."""
+    path = Path(filename)
+    standard = path.is_relative_to(STANDARD_LIBRARY) and "site-packages" not in path.parts
+    return path.suffix == ".py" and not standard and not any(path.is_relative_to(folder) for folder in OURS)
 
 
 def operator(node: fx.Node) -> str:
@@ -148,8 +169,3 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
     """Name of the parameter or buffer behind each placeholder of a captured graph."""
     signature = program.graph_signature
     return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-
-
-def module_copy(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with the model."""
-    return copy.deepcopy(model)

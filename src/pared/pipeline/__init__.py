@@ -1,4 +1,4 @@
-"""From a trained model and a list of steps to an artifact with its ledger: stages, blocks and budgets, roll back, resume."""
+"""From a trained model and steps to an artifact with its ledger: stages, blocks and budgets, roll back, resume."""
 
 from pared.pipeline.run import compress, dry_run
 

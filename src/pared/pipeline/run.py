@@ -369,7 +369,7 @@ class Run:
         return decision["kept"], decision["why"]
 
     def why_not(self, last: Stage, good: Stage, *, changes: bool) -> str:
-        """The reason to roll a block back, or "". Trainings alone change neither speed nor size: there the metric judges."""
+        """The reason to roll a block back, or "". Trainings alone are judged by the metric: speed and size stay."""
         metric = self.task.metric
         if self.budget.max_drop is not None and metric is not None and metric.name in last.facts["metrics"]:
             before, after = self.rows[0].metrics[metric.name], last.facts["metrics"][metric.name]

@@ -1,4 +1,4 @@
-"""One stage of a run: the model after a step, exported, checked against its own PyTorch model, and measured as a file."""
+"""One stage of a run: the model after a step, exported, checked against its PyTorch model, and measured as a file."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
     """The file against its own PyTorch model, judged.
 
     A float file must reach FLOAT_FLOOR_DB. Rounding to integers is chaotic: a difference in the last bit of an
-    accumulator flips a whole quantum somewhere, and the flip spreads, so that two faithful runs of one integer network differ by
-    almost as much as quantization itself costs. So a quantized file may be no further from its PyTorch model than that model
-    is from its float original: beyond that, something else than rounding is at work.
+    accumulator flips a whole quantum somewhere, and the flip spreads, so that two faithful runs of one integer network
+    differ by almost as much as quantization itself costs. So a quantized file may be no further from its PyTorch model
+    than that model is from its float original: beyond that, something else than rounding is at work.
 
     Raises:
         ParityError: The file is further off.

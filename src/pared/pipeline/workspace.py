@@ -35,7 +35,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 class Workspace:
-    """Holds the lock of a run from `with` to its end; keeps what is needed to resume when that end is not the run's own.
+    """Holds the lock of a run from `with` to its end, and keeps what resuming needs where that end was not its own.
 
     Args:
         out: The output folder.
@@ -95,7 +95,7 @@ class Workspace:
         return folder
 
     def journal(self) -> dict[str, Any]:
-        """Decisions made by timing, by the key of the block's last stage: replayed on resume, since time is not repeatable."""
+        """Decisions made by timing, by the key of their block's last stage; replayed on resume."""
         path = self.path / "journal.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
         return found

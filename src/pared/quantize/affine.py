@@ -1,6 +1,7 @@
 """The affine map between real numbers and integers. Tensors in, tensors out; no modules here.
 
-One formula for the whole project, that of ONNX `QuantizeLinear`: q = saturate(round_half_to_even(x / scale) + zero_point).
+One formula for the whole project, that of ONNX `QuantizeLinear`:
+q = saturate(round_half_to_even(x / scale) + zero_point).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def qparams_of_range(low: Tensor, high: Tensor, numbers: Grid, *, symmetric: boo
     Source: Jacob et al. 2018, arXiv:1712.05877, eq. 1 and sec. 3.1. Deviation: zero points may be signed.
 
     Example:
-        >>> p = qparams_of_range(torch.tensor(0.0), torch.tensor(1.5), grid(bits=4, signed=False, symmetric=False), symmetric=False)
+        >>> numbers = grid(bits=4, signed=False, symmetric=False)
+        >>> p = qparams_of_range(torch.tensor(0.0), torch.tensor(1.5), numbers, symmetric=False)
         >>> round(p.scale.item(), 3), p.zero_point.item()
         (0.1, 0)
     """
@@ -114,7 +116,8 @@ def choose_qparams(x: Tensor, numbers: Grid, *, symmetric: bool, axis: int | Non
 
     Example:
         >>> w = torch.tensor([[1.0, -2.0], [0.0, 0.0]])
-        >>> choose_qparams(w, grid(bits=8, signed=True, symmetric=True), symmetric=True, axis=0).scale.flatten().tolist()
+        >>> numbers = grid(bits=8, signed=True, symmetric=True)
+        >>> choose_qparams(w, numbers, symmetric=True, axis=0).scale.flatten().tolist()
         [0.015748031437397003, 1.0]
     """
     if x.numel() == 0:
@@ -128,7 +131,8 @@ def quantize(x: Tensor, qparams: QParams, numbers: Grid) -> Tensor:
     """Integers of `x`: saturate(round_half_to_even(x / scale) + zero_point), stored as `numbers.dtype`.
 
     Example:
-        >>> quantize(torch.tensor([0.05, 0.15, 9.0]), QParams(torch.tensor(0.1), torch.tensor(0)), Grid(0, 15, torch.uint8)).tolist()
+        >>> qparams = QParams(torch.tensor(0.1), torch.tensor(0))
+        >>> quantize(torch.tensor([0.05, 0.15, 9.0]), qparams, Grid(0, 15, torch.uint8)).tolist()
         [0, 2, 15]
     """
     steps = torch.round(x / qparams.scale) + qparams.zero_point
@@ -176,8 +180,8 @@ def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> tu
 def fit_bias(weight_scale: Tensor, bias: Tensor, input_scale: Tensor) -> Tensor:
     """Weight scales, widened where the bias would overflow int32.
 
-    A channel whose weights are all but zero has a tiny scale, in whose units its bias may exceed int32: the result would
-    be wrong by orders of magnitude, silently. Half the range is kept for the sum itself.
+    A channel whose weights are all but zero has a tiny scale, in whose units its bias may exceed int32: the result
+    would be wrong by orders of magnitude, silently. Half the range is kept for the sum itself.
     """
     least = bias.double().abs() / (input_scale.double() * (INT32_MAX // 2))
     return torch.maximum(weight_scale.double(), least).float()

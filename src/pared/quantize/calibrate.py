@@ -1,4 +1,4 @@
-"""Calibration: run data through a graph once and keep what the observers need, no activation longer than its last use."""
+"""Calibration: run data through a graph once, and keep what the observers need and no activation past its last use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Emission: a placed graph with chosen ranges becomes one with quantize and dequantize operators and integer weights.
 
-The operators are PyTorch's `quantized_decomposed` ones, which its ONNX exporter and compilers understand. This is the only
-file that imports them.
+The operators are PyTorch's `quantized_decomposed` ones, which its ONNX exporter and compilers understand. This is the
+only file that imports them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pared.quantize.affine import (
     choose_qparams,
     fit_bias,
     grid,
+    qparams_of_range,
     quantize,
     quantize_bias,
-    qparams_of_range,
 )
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
 from pared.quantize.placement import Anchor, Placement, behind
@@ -148,8 +148,8 @@ def drop_implied_clips(
 ) -> None:
     """Take out activations that the saturation of the quantize operator after them already does.
 
-    ReLU before unsigned integers with zero point 0 is one: the result is the same to the last bit, and a runtime that does
-    not see through the clip would leave the whole layer in float.
+    ReLU before unsigned integers with zero point 0 is one: the result is the same to the last bit, and a runtime that
+    does not see through the clip would leave the whole layer in float.
     """
     for name, root in placement.tensors.items():
         node = nodes[name]
@@ -158,9 +158,8 @@ def drop_implied_clips(
         if low is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
             continue
         # Half a quantum of slack: a value beyond the clip by less still rounds to the same integer.
-        if (numbers.low - zero_point) * scale >= low - scale / 2 and (
-            numbers.high - zero_point
-        ) * scale <= high + scale / 2:
+        lowest, highest = ((end - zero_point) * scale for end in (numbers.low, numbers.high))
+        if lowest >= low - scale / 2 and highest <= high + scale / 2:
             node.replace_all_uses_with(node.args[0])
 
 

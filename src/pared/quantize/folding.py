@@ -1,6 +1,6 @@
 """Folding of batch normalization into the convolution or linear layer before it, on a captured graph.
 
-The folded layer computes the same function up to rounding; int8 needs it, since a scale a channel cannot follow a batch norm.
+The folded layer computes the same function up to rounding. Integers need it: between the two no rounding may happen.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
         if norm is None:
             continue
         layer = norm.args[0]
-        if foldable(graph, layer, norm):
+        if isinstance(layer, fx.Node) and foldable(layer, norm):
             fold(graph, layer, norm)
             node.replace_all_uses_with(layer)
             folded.append(layer.name)
@@ -50,9 +50,9 @@ def normalization(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def foldable(graph: fx.GraphModule, layer: Any, norm: fx.Node) -> bool:
+def foldable(layer: fx.Node, norm: fx.Node) -> bool:
     """True where `norm` is the only user of a layer whose weight is a stored tensor."""
-    if not isinstance(layer, fx.Node) or len(layer.users) != 1:
+    if len(layer.users) != 1:
         return False
     kind = operator(layer)
     if kind not in CONVOLUTIONS and kind not in TRANSPOSED and kind != LINEAR:

@@ -1,8 +1,8 @@
 """Placement: which tensors of a captured graph become integers, by the rules of the runtime's `Scheme`.
 
-A layer runs in integers where the runtime finds quantized tensors on every side of it. So quantization starts at the layers
-with weights (anchors), joins the operators between them (residual adds, concats) where these lead to an anchor, and
-follows operators that only move values, with one range for all.
+A layer runs in integers where the runtime finds quantized tensors on every side of it. So quantization starts at the
+layers with weights (anchors), joins the operators between them (residual adds, concats) where these lead to an anchor,
+and follows operators that only move values, with one range for all.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def tensor_after(node: fx.Node, scheme: Scheme) -> fx.Node:
 
 
 def behind(node: fx.Node) -> fx.Node:
-    """The tensor that an operator's input stands for, looking through operators that need no quantization of their own."""
+    """The tensor that an operator's input stands for, through operators that need no quantization of their own."""
     while operator(node) in TRANSPARENT and isinstance(node.args[0], fx.Node) and harmless(node):
         node = node.args[0]
     return node

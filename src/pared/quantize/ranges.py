@@ -1,4 +1,4 @@
-"""Ranges (calibrators): what interval of an activation the integers cover. A new one is a class here and a row in RANGES."""
+"""Ranges (calibrators): what interval of an activation the integers cover. A new one is a class and a row in RANGES."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class MinMax:
 class Percentile:
     """The interval that leaves a small, equal fraction of values out at each end.
 
-    Source: McKinstry et al. 2018, arXiv:1809.04191, sec. 3. Deviation: each end is clipped on its own, so one-sided data
-    keep their zero.
+    Source: McKinstry et al. 2018, arXiv:1809.04191, sec. 3. Deviation: each end is clipped on its own, so one-sided
+    data keep their zero.
     """
 
     kind: Literal["percentile"] = "percentile"
-    percentile: Annotated[float, pydantic.Field(gt=50, le=100, description="Percent of values inside each end.")] = (
-        99.99
-    )
+    percentile: Annotated[
+        float, pydantic.Field(gt=50, le=100, description="Percent of values that lie inside each end.")
+    ] = 99.99
 
     def observer(self) -> Histogram:
         """An empty statistic for one tensor."""

@@ -97,8 +97,8 @@ class OnnxRuntime:
 def strip(proto: Any) -> None:
     """Take the exporter's notes and long names out of a model.
 
-    The notes hold paths and lines of the user's source. Shapes of inner values can be inferred, and names of inner values
-    say nothing: together they are a good part of a small file.
+    The notes hold paths and lines of the user's source. Shapes of inner values can be inferred, and names of inner
+    values say nothing: together they are a good part of a small file.
     """
     import onnx
 
