@@ -99,7 +99,7 @@ def demo(
     from pared.recipe import Recipe
 
     recipe = Recipe.read(Path(__file__).parents[1] / "demo.yaml", [f"data={data}"])
-    work.run(recipe, folder=Path(), out=out, resume=False, overwrite=True)
+    work.demo(recipe, out=out)
 
 
 @app.command()

@@ -12,7 +12,10 @@ from pared.report.render import text
 
 
 class Bars:
-    """A `step.Progress` that draws one bar for each piece of work, in the order in which they begin."""
+    """A `step.Progress` that draws one bar for each piece of work, in the order in which they begin.
+
+    A total of 0 is one that nobody knows yet.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -20,8 +23,8 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(text(what).markup, total=total, note="")
-        self.progress.update(self.tasks[what], completed=done, total=total, note=text(note).markup)
+            self.tasks[what] = self.progress.add_task(text(what).markup, total=total or None, note="")
+        self.progress.update(self.tasks[what], completed=done, total=total or None, note=text(note).markup)
 
 
 @contextlib.contextmanager

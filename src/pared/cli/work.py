@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
 
 import torch
 import typer
+from safetensors.torch import save_file
 from torch import nn
 
 from pared.cli import show
@@ -14,7 +17,10 @@ from pared.errors import UsageError
 from pared.graph.counts import count
 from pared.loading import load_model, load_task
 from pared.recipe import Recipe
+from pared.step import Context
+from pared.targets import find_target
 from pared.task import Inputs, Task, as_inputs
+from pared.train.step import Train
 
 RECIPES = {".yaml", ".yml", ".json"}
 
@@ -65,6 +71,20 @@ def run(recipe: Recipe, *, folder: Path, out: Path, resume: bool, overwrite: boo
         )
     show.print_report(artifact.report)
     typer.echo(f"\nreport: {artifact.path / 'report.html'}")
+
+
+def demo(recipe: Recipe, *, out: Path) -> None:
+    """Train the recipe's model, keep its weights beside `out`, and compress what was trained."""
+    model, task = load(recipe, Path())
+    weights = out.with_name(f"{out.name}-weights.safetensors")
+    step = Train(epochs=4, lr=0.05)
+    with bars() as progress, tempfile.TemporaryDirectory(prefix="pared-") as work:
+        target = find_target(recipe.target)
+        ctx = Context(task=task, target=target, work=Path(work), dense=model, seed=recipe.seed, progress=progress)
+        trained = step.apply(model, step.plan(model, ctx), ctx)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file(trained.state_dict(), weights)
+    run(dataclasses.replace(recipe, weights=str(weights)), folder=Path(), out=out, resume=False, overwrite=True)
 
 
 def inspect(model: str, *, weights: Path | None, shapes: list[str], task: str | None) -> None:
