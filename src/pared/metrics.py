@@ -32,18 +32,32 @@ class Metric:
         return []
 
     def update(self, state: list[Any], output: Tensor, target: Any) -> None:
-        """Count one batch in. Raises: DataError for a label outside the output's classes."""
+        """Count one batch in. Raises: DataError for a target that does not fit the output."""
         if self.labels:
             check_labels(output, target)
+            check_one_each(output, target)
         if not state:
             state.append(self.make(output))
-        state[0].update(output, target)
+        try:
+            state[0].update(output, target)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            found = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise DataError(
+                f"metric {self.name} cannot compare output {tuple(output.shape)} with target {found}: "
+                f"{first_line(error)}"
+            ) from error
 
     def result(self, state: list[Any]) -> float:
         """The figure over all batches counted. Raises: DataError where there were none."""
         if not state:
             raise DataError(f"metric {self.name}: no batch to measure on")
-        return float(state[0].compute())
+        found = state[0].compute()
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(
+                f"metric {self.name} gives a {type(found).__name__} where one number is expected; average it"
+            ) from None
 
     def drop(self, before: float, after: float) -> float:
         """How much worse `after` is, in the metric's own unit; negative where it is better."""
@@ -52,14 +66,27 @@ class Metric:
 
 def check_labels(output: Tensor, target: Tensor) -> None:
     """Raise `DataError` unless every label is an index of the output's classes (dimension 1)."""
+    if output.ndim < 2:
+        raise DataError(f"labels are judged on outputs of shape (batch, classes), found {tuple(output.shape)}")
     classes = output.shape[1]
     if not isinstance(target, Tensor) or target.is_floating_point():
         raise DataError(
             f"labels must be integer class indices, found {getattr(target, 'dtype', type(target).__name__)}"
         )
+    if target.numel() == 0:
+        return
     low, high = int(target.min()), int(target.max())
     if low < 0 or high >= classes:
         raise DataError(f"label {low if low < 0 else high} lies outside the model's classes 0..{classes - 1}")
+
+
+def check_one_each(output: Tensor, target: Tensor) -> None:
+    """Raise `DataError` unless there is one label for each sample (and position)."""
+    if target.shape != (output.shape[0], *output.shape[2:]):
+        raise DataError(
+            f"{tuple(target.shape)} labels for an output of shape {tuple(output.shape)}; give one label for each "
+            "sample, as a class index"
+        )
 
 
 class MeanOf:
@@ -138,7 +165,18 @@ def resolve_metric(item: Any) -> Metric:
     name = getattr(item, "__name__", type(item).__name__)
     better = getattr(item, "higher_is_better", None)
     if hasattr(item, "update") and hasattr(item, "compute") and hasattr(item, "clone"):
-        return Metric(name, better is not False, lambda _: item.clone())
+        return Metric(name, better is not False, lambda _: emptied(item))
     if callable(item):
         return Metric(name, better is not False, lambda _: MeanOf(item))
     raise UsageError(f"a metric is a name, a callable or a torchmetrics object, found {type(item).__name__}")
+
+
+def emptied(metric: Any) -> Any:
+    """A copy of a torchmetrics object that has counted nothing yet."""
+    copied = metric.clone()
+    copied.reset()
+    return copied
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

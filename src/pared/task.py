@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pared.data.adapters import adapt
-from pared.errors import DataError, ModelError, UsageError
+from pared.errors import DataError, ModelError, UsageError, nearest
+from pared.identity import identity
 from pared.metrics import Metric, resolve_metrics
+from pared.seeding import isolated, seed_all
 
 Role = Literal["calibration", "train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("calibration", "train", "validation", "test")
+FIRST = 2  # batches of each source that count for `Task.id`
 Output = str | int | Callable[[Any], Tensor] | None
 
 
@@ -36,9 +40,22 @@ class Inputs(NamedTuple):
         named = {str(i): value for i, value in enumerate(self.args)} | self.kwargs
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
-    def arrays(self) -> list[np.ndarray]:
-        """Every tensor as a numpy array, in the order of the exported file's inputs."""
-        return [value.detach().cpu().numpy() for value in self.tensors.values()]
+    def arrays(self, names: Sequence[str] = ()) -> list[np.ndarray]:
+        """Every tensor as a numpy array.
+
+        Args:
+            names: The exported file's inputs. Where every keyword is among them, keyword arguments go by name and
+                positional ones fill the rest; otherwise all come in the order that they were given.
+
+        Raises:
+            DataError: A dtype that numpy does not have.
+        """
+        arrays = {name: as_array(value, name) for name, value in self.tensors.items()}
+        keywords = {name: array for name, array in arrays.items() if name in self.kwargs}
+        if not keywords or not keywords.keys() <= set(names) or len(arrays) != len(names):
+            return list(arrays.values())
+        rest = iter(array for name, array in arrays.items() if name not in keywords)
+        return [keywords[name] if name in keywords else next(rest) for name in names]
 
     @property
     def size(self) -> int:
@@ -83,11 +100,27 @@ def as_tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
-def as_batch(item: Any) -> Batch:
-    """A batch from what a data source yields: a pair is (inputs, target), anything else is inputs alone."""
-    if isinstance(item, (tuple, list)) and not isinstance(item, (Batch, Inputs)) and len(item) == 2:
-        return Batch(as_inputs(item[0]), as_tensor(item[1]))
-    return item if isinstance(item, Batch) else Batch(as_inputs(item), None)
+def as_array(value: Tensor, name: str) -> np.ndarray:
+    """A tensor as a numpy array. Raises: DataError for a dtype that numpy does not have."""
+    try:
+        array: np.ndarray = value.detach().cpu().numpy()
+    except TypeError:
+        raise DataError(f"input {name} is {value.dtype}, which exported files do not take; use float32") from None
+    return array
+
+
+def as_batch(item: Any, positional: int = 1) -> Batch:
+    """A batch from what a data source yields: a pair is (inputs, target), anything else is inputs alone.
+
+    Args:
+        positional: How many positional inputs the model takes. Where it takes two, a pair of tensors is both of them.
+    """
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, (tuple, list)) and not isinstance(item, Inputs) and len(item) == 2:
+        both = positional == 2 and all(isinstance(part, (Tensor, np.ndarray)) for part in item)
+        return Batch(as_inputs(item), None) if both else Batch(as_inputs(item[0]), as_tensor(item[1]))
+    return Batch(as_inputs(item), None)
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -133,12 +166,36 @@ class Task:
         self.example_inputs = as_inputs(self.example_inputs)
         if not self.example_inputs.tensors:
             raise DataError("example_inputs hold no tensor; give one call's inputs, e.g. example_inputs=(x,)")
+        check_values(self.example_inputs, "example_inputs")
+        for key, dimensions in self.dynamic.items():
+            self.check_dynamic(str(key), dimensions)
         shape = tuple(next(iter(self.example_inputs.tensors.values())).shape)
         for role in ROLES:
             source = getattr(self, role)
             if source is not None:
                 setattr(self, role, adapt(source, role=role, example_shape=shape))
         self.metrics: tuple[Metric, ...] = resolve_metrics(self.metrics)
+        # Taken now: a loss or metric that counts its calls is another object, to look at, after each of them.
+        metrics = [(metric.name, metric.higher_is_better, metric.make) for metric in self.metrics]
+        dynamic = sorted((str(key), sorted(dims.items())) for key, dims in self.dynamic.items())
+        self.behaviour = identity([self.loss, metrics, dynamic, self.output])
+
+    def check_dynamic(self, name: str, dimensions: Mapping[int, str]) -> None:
+        """Raise `UsageError` where `dynamic` names an input or a dimension that there is not."""
+        inputs = self.example_inputs.tensors
+        if name not in inputs:
+            raise UsageError(f"Task(dynamic=...): no input {name!r}; {nearest(name, inputs)}")
+        ranks = inputs[name].ndim
+        if not isinstance(dimensions, Mapping) or any(type(d) is not int or not 0 < d < ranks for d in dimensions):
+            raise UsageError(
+                f"Task(dynamic=...): {name}: write {{dimension: name}} with dimensions 1 to {ranks - 1}, "
+                f"found {dimensions!r}"
+            )
+
+    @property
+    def sources(self) -> dict[Role, Any]:
+        """The data that were given, by role."""
+        return {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
 
     @property
     def metric(self) -> Metric | None:
@@ -158,7 +215,7 @@ class Task:
         """The batches of a role, each checked against the example inputs. Raises: DataError."""
         count = 0
         for item in self.require(role, by):
-            batch = as_batch(item)
+            batch = as_batch(item, len(self.example_inputs.args))
             self.check(batch, role, count)
             yield batch
             count += 1
@@ -184,8 +241,7 @@ class Task:
                 )
             if have.dtype != want.dtype:
                 raise DataError(f"{where}: input {name} is {have.dtype}, the example is {want.dtype}; convert it")
-            if have.is_floating_point() and not bool(torch.isfinite(have).all()):
-                raise DataError(f"{where}: input {name} holds NaN or infinity; clean the data")
+        check_values(batch.inputs, where)
 
     def dynamic_of(self, name: str) -> Mapping[int, str]:
         """Further dynamic dimensions of one input."""
@@ -196,8 +252,16 @@ class Task:
     def pick(self, output: Any) -> Tensor:
         """The tensor that the loss and metrics see, out of a model's raw output. Raises: ModelError."""
         if isinstance(self.output, str):
-            picked = output[self.output] if isinstance(output, Mapping) else getattr(output, self.output, None)
+            named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+            if self.output not in named:
+                raise ModelError(f"Task(output={self.output!r}): no such part; {nearest(self.output, map(str, named))}")
+            picked = named[self.output]
         elif isinstance(self.output, int):
+            if not isinstance(output, (tuple, list)) or not -len(output) <= self.output < len(output):
+                size = f" of {len(output)}" if isinstance(output, (tuple, list)) else ""
+                raise ModelError(
+                    f"Task(output={self.output}): the output is a {type(output).__name__}{size}; no such index"
+                )
             picked = output[self.output]
         elif self.output is not None:
             picked = self.output(output)
@@ -212,34 +276,37 @@ class Task:
 
     @property
     def id(self) -> str:
-        """Fingerprint of the task and of the content of its first batches; part of every cache key."""
-        digest = hashlib.sha256()
-        digest.update(repr([metric.name for metric in self.metrics]).encode())
-        digest.update(repr(sorted((str(k), sorted(v.items())) for k, v in self.dynamic.items())).encode())
-        for array in self.example_inputs.arrays():
-            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        for role in ROLES:
-            if getattr(self, role) is None:
-                continue
-            digest.update(role.encode())
-            for batch in first_batches(getattr(self, role)):
-                tensors = [
-                    *batch.inputs.arrays(),
-                    *([batch.target.numpy()] if isinstance(batch.target, Tensor) else []),
-                ]
-                for array in tensors:
-                    digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        """Fingerprint of the task and of the content of its first batches; part of every cache key.
+
+        Shuffled data show the same batches to every call, and the caller's random states stay as they are. `test` is
+        not looked at: it is read once, at the end of a run.
+        """
+        digest = hashlib.sha256(self.behaviour.encode())
+        digest.update(content_of(Batch(self.example_inputs, None)))
+        with isolated(self):
+            seed_all(self, 0, 0)
+            for role, source in self.sources.items():
+                if role != "test":
+                    digest.update(role.encode())
+                    for batch in itertools.islice(source, FIRST):
+                        digest.update(content_of(as_batch(batch, len(self.example_inputs.args))))
         return digest.hexdigest()
 
 
-def first_batches(source: Iterable[Any], count: int = 2) -> list[Batch]:
-    """The first batches of a source."""
-    batches = []
-    for item in source:
-        batches.append(as_batch(item))
-        if len(batches) == count:
-            break
-    return batches
+def check_values(inputs: Inputs, where: str) -> None:
+    """Raise `DataError` unless all inputs have one batch size and are finite."""
+    for name, tensor in inputs.tensors.items():
+        if tensor.ndim == 0 or tensor.shape[0] != inputs.size:
+            raise DataError(
+                f"{where}: input {name} has shape {tuple(tensor.shape)}; every input has the batch first, of one size"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{where}: input {name} holds NaN or infinity; clean the data")
+
+
+def content_of(batch: Batch) -> bytes:
+    """A digest of the values in a batch."""
+    return identity([list(batch.inputs.tensors.items()), batch.target]).encode()
 
 
 def evaluate(
@@ -250,11 +317,19 @@ def evaluate(
     Raises:
         DataError: A batch has no target, or a label lies outside the output's classes.
     """
-    states = [metric.start() for metric in metrics]
+    return evaluate_all([predict], batches, metrics)[0]
+
+
+def evaluate_all(
+    predictors: Sequence[Callable[[Inputs], Tensor]], batches: Iterable[Batch], metrics: Sequence[Metric]
+) -> list[dict[str, float]]:
+    """`evaluate` for several prediction functions, over one reading of the batches."""
+    states = [[metric.start() for metric in metrics] for _ in predictors]
     for batch in batches:
         if batch.target is None:
             raise DataError("metrics need labelled batches: (inputs, target)")
-        output = predict(batch.inputs)
-        for metric, state in zip(metrics, states, strict=True):
-            metric.update(state, output, batch.target)
-    return {metric.name: metric.result(state) for metric, state in zip(metrics, states, strict=True)}
+        for predict, own in zip(predictors, states, strict=True):
+            output = predict(batch.inputs)
+            for metric, state in zip(metrics, own, strict=True):
+                metric.update(state, output, batch.target)
+    return [{metric.name: metric.result(state) for metric, state in zip(metrics, own, strict=True)} for own in states]

@@ -34,7 +34,7 @@ from pared.targets import find_target
 from pared.targets.worker import worker_command, write_inputs
 from pared.task import Task
 from pared.train.checkpoint import fingerprint
-from pared.train.seeding import isolated, seed_all
+from pared.seeding import isolated, seed_all
 
 
 def compress(

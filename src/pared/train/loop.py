@@ -24,7 +24,7 @@ from pared.train.callbacks import Callback
 from pared.train.checkpoint import Checkpoint, restore, snapshot
 from pared.train.optimizers import SGD, AdamW
 from pared.train.schedules import Constant, Cosine, StepDecay
-from pared.train.seeding import isolated, seed_all
+from pared.seeding import isolated, seed_all
 
 
 def fit(

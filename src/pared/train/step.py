@@ -16,7 +16,7 @@ from pared.train.checkpoint import fingerprint
 from pared.train.loop import fit
 from pared.train.optimizers import SGD, Optimizer
 from pared.train.schedules import Cosine, Schedule
-from pared.train.seeding import isolated, seed_all
+from pared.seeding import isolated, seed_all
 
 
 def is_during(value: Any) -> During:

@@ -1,16 +1,17 @@
-"""Random numbers of a training: a function of (seed, epoch), and none of the caller's states changed."""
+"""Random numbers of a run: a function of (seed, epoch or stage), and none of the caller's states changed."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pared.task import ROLES, Task
+if TYPE_CHECKING:
+    from pared.task import Task
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def seed_all(task: Task, seed: int, epoch: int) -> None:
 def parts_of(task: Task) -> list[Any]:
     """The task's data sources and what decides their order, each once."""
     found = []
-    for source in (getattr(task, role) for role in ROLES):
+    for source in task.sources.values():
         batch_sampler = getattr(source, "batch_sampler", None)
         found += [source, getattr(source, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     return list({id(part): part for part in found if part is not None}.values())
