@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -20,7 +21,7 @@ from pared.errors import ParedError, ParityError, PlanError
 from pared.recipe import STEPS, Recipe, step_class
 from pared.recipe_schema import option_table
 from pared.report.data import Final, Latency, Report, Speedup, Stage, Timing
-from pared.step import Edit, Plan, Skip
+from pared.step import Context, Edit, Plan, Skip
 from pared.targets.bench import BenchRow
 
 SOURCE = Path(pared.__file__).parents[1]
@@ -33,7 +34,9 @@ def make():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 def task():
-    return Task(example_inputs=torch.ones(2, 4))
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    batches = [(x[:12], torch.arange(12) % 2), (x[12:], torch.arange(12) % 2)]
+    return Task(example_inputs=x[:2], calibration=batches, validation=batches, test=batches, metrics="accuracy")
 
 def broken():
     raise ZeroDivisionError("in the caller's own code")
@@ -120,19 +123,44 @@ def test_run_prints_every_layer_with_its_fate_when_dry(
     assert ["2", "stays: its input is not quantized"] in [[part.strip() for part in line] for line in lines]
 
 
-def test_demo_runs_the_recipe_that_ships_with_pared(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_demo_trains_its_model_and_compresses_what_was_trained(
+    recipe: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pared.cli import work
 
+    class Train:
+        """A training that sets every weight to 2."""
+
+        def __init__(self, **settings: Any) -> None:
+            assert settings["epochs"] >= 1
+
+        def plan(self, model: nn.Module, ctx: Context) -> Plan:
+            return Plan("Train")
+
+        def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
+            trained = copy.deepcopy(model)
+            for parameter in trained.parameters():
+                nn.init.constant_(parameter, 2)
+            return trained
+
+    monkeypatch.setattr(work, "Train", Train)
+    assert main(["demo", "--out", "there/demo"]) == 0
+    (call,) = calls
+    assert (call["out"], call["overwrite"], call["target"]) == (Path("there/demo"), True, "onnxruntime")
+    assert [type(step).__name__ for step in call["steps"]] == ["QuantizeStatic"]
+    assert all(bool((parameter == 2).all()) for parameter in call["model"].parameters())
+    assert call["task"].metric.name == "accuracy"
+    assert Recipe.from_json(call["recipe"]).budget.max_drop is not None
+
+
+def test_demo_reads_the_full_data_when_asked(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pared.cli import work
+
     seen: list[Any] = []
-    monkeypatch.setattr(work, "run", lambda given, **settings: seen.append((given, settings)))
-    assert main(["demo"]) == 0
-    assert main(["demo", "--data", "full", "--out", "there"]) == 0
-    (first, settings), (second, others) = seen
-    assert (first.model, first.task, first.data, second.data) == ("fashion_cnn", "fashion_mnist", "embedded", "full")
-    assert [type(step).__name__ for step in first.steps] == ["Train", "QuantizeStatic"]
-    assert (settings["out"], others["out"]) == (Path("runs/demo"), Path("there"))
+    monkeypatch.setattr(work, "demo", lambda given, *, out: seen.append((given.data, out)))
+    assert main(["demo", "--data", "full"]) == 0
+    assert main(["demo", "--out", "there"]) == 0
+    assert seen == [("full", Path("runs/demo")), ("embedded", Path("there"))]
 
 
 @pytest.mark.parametrize(
@@ -288,11 +316,6 @@ def test_module_runs_as_the_command_and_gives_its_status() -> None:
     assert done.stderr.startswith("error: No such command 'rn'")
 
 
-def test_demo_recipe_reads() -> None:
-    recipe = Recipe.read(Path(pared.__file__).with_name("demo.yaml"))
-    assert recipe.budget.max_drop is not None
-
-
 def test_bench_shows_every_file_against_the_first(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,3 +344,20 @@ def test_bench_shows_every_file_against_the_first(
     assert "b.onnx 8.10 ms 9.00 ms 2.70x (2.50x to 2.90x) faster 1.00 MB 90.0 MB" in rows
     assert main(["bench", "a.onnx", "--dimension", "n"]) == 2
     assert "error: --dimension n: write NAME=SIZE" in capsys.readouterr().err
+
+
+def test_run_ends_in_an_artifact_that_repeats_itself_from_its_recipe(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--set", "timing={threads: 1, rounds: 12}", "--set", "budget={allow_slower: true, allow_larger: true}"]
+    assert main(["run", str(recipe), "--dry-run", *options]) == 0
+    assert "1 QuantizeStatic: 2 layers would change, 0 would not" in capsys.readouterr().out
+    assert not Path("runs").exists()
+    assert main(["run", str(recipe), *options]) == 0
+    out = capsys.readouterr().out
+    assert "1 QuantizeStatic" in out
+    assert out.rstrip().endswith(f"report: {Path.cwd() / 'runs/small/report.html'}")
+    made = json.loads(Path("runs/small/recipe.json").read_text(encoding="utf8"))
+    assert Recipe.from_json(made) == Recipe.read(recipe, options[1::2])
+    assert main(["run", str(recipe), *options]) == 2
+    assert "--overwrite" in capsys.readouterr().err
