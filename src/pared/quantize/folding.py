@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pared.errors import QuantizeError
-from pared.graph.capture import operator
+from pared.graph.capture import operator, owner
 
 CONVOLUTIONS = frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d"})
 TRANSPOSED = frozenset({"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"})
@@ -23,7 +23,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
     """Fold every batch norm whose input comes from one convolution or linear layer alone, in place.
 
     Returns:
-        Names of the layers' nodes that took a batch norm in.
+        Names of the batch norm modules that were taken in.
     """
     folded = []
     for node in list(graph.graph.nodes):
@@ -34,7 +34,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
         if isinstance(layer, fx.Node) and foldable(layer, norm):
             fold(graph, layer, norm)
             node.replace_all_uses_with(layer)
-            folded.append(layer.name)
+            folded.append(owner(norm))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return folded

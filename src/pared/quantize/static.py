@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from torch import Tensor, fx, nn
 
 from pared.errors import PlanError
-from pared.graph.capture import capture
+from pared.graph.capture import capture, operator
 from pared.quantize.calibrate import calibrate, first_samples
 from pared.quantize.emission import emit
 from pared.quantize.folding import fold_batch_norms
@@ -39,7 +39,9 @@ class QuantizeStatic:
     ranges: Annotated[
         MinMax | Percentile,
         pydantic.Field(discriminator="kind", description="How to choose activation ranges: minmax or percentile."),
-        pydantic.BeforeValidator(named_ranges),
+        pydantic.BeforeValidator(
+            named_ranges, json_schema_input_type=Literal["minmax", "percentile"] | MinMax | Percentile
+        ),
     ] = MinMax()
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
     exclude: Annotated[
@@ -56,8 +58,8 @@ class QuantizeStatic:
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
-        graph, placement = self.prepare(model, ctx)
-        facts: dict[str, Any] = {"tensors": dict(placement.tensors), "ranges": {}}
+        graph, placement, folded = self.prepare(model, ctx)
+        facts: dict[str, Any] = {"folded": folded, "tensors": dict(placement.tensors), "ranges": {}}
         if not ctx.dry:
             roots = dict.fromkeys(placement.tensors.values())
             observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
@@ -68,7 +70,7 @@ class QuantizeStatic:
                 ctx.progress,
             )
             facts["ranges"] = {name: list(self.ranges.range(seen)) for name, seen in observers.items()}
-            ctx.memo["QuantizeStatic"] = (model, graph, placement)
+            ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),
@@ -83,15 +85,15 @@ class QuantizeStatic:
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The quantized program. Raises: QuantizeError where the plan does not fit the model."""
-        left = ctx.memo.pop("QuantizeStatic", None)
-        graph, placement = left[1:] if left is not None and left[0] is model else self.prepare(model, ctx)
+        owner, planned, *prepared = ctx.memo.pop("QuantizeStatic", (None, None))
+        graph, placement = prepared if owner == self and planned is model else self.prepare(model, ctx)[:2]
         ranges = {name: (float(low), float(high)) for name, (low, high) in plan.facts["ranges"].items()}
         emit(graph, placement, ranges, ctx.target.scheme)
         return graph
 
-    def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement]:
-        """The captured graph with batch norms folded, and what becomes integers in it."""
-        if isinstance(model, fx.GraphModule):
+    def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str]]:
+        """The captured graph with batch norms folded, what becomes integers in it, and the names of those norms."""
+        if is_quantized(model):
             raise PlanError(
                 "QuantizeStatic: the model is quantized already; keep one quantize step, as the last of the recipe"
             )
@@ -99,7 +101,7 @@ class QuantizeStatic:
         if not isinstance(graph, fx.GraphModule):
             raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
         own_tensors(graph)
-        fold_batch_norms(graph)
+        folded = fold_batch_norms(graph)
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         if not placement.anchors:
             reasons = "; ".join(f"{skip.module}: {skip.reason}" for skip in placement.skips[:3])
@@ -107,7 +109,13 @@ class QuantizeStatic:
                 "QuantizeStatic would quantize no layer"
                 + (f" ({reasons})" if reasons else ": the model has none that could")
             )
-        return graph, placement
+        return graph, placement, folded
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """True for a program that holds quantize operators already."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    return any(operator(node).startswith("quantized_decomposed.") for node in nodes)
 
 
 def own_tensors(graph: fx.GraphModule) -> None:
