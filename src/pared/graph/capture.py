@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import traceback
 import warnings
@@ -34,10 +35,10 @@ def capture(model: nn.Module, task: Task) -> ExportedProgram:
         CaptureError: The model cannot be exported, or does not run on the example inputs; names the line of its code.
     """
     inputs = doubled(task.example_inputs)
-    shapes = dynamic_shapes(inputs, task)
     with evaluating(model), torch.no_grad(), quiet():
         with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
+            shapes = dynamic_shapes(model, inputs, task)
         with Explained(
             "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
         ):
@@ -79,8 +80,11 @@ def doubled(inputs: Inputs) -> Inputs:
     return Inputs(tuple(twice(v) for v in inputs.args), {k: twice(v) for k, v in inputs.kwargs.items()})
 
 
-def dynamic_shapes(inputs: Inputs, task: Task) -> tuple[Any, ...] | dict[str, Any]:
-    """The `dynamic_shapes` of `torch.export`: the batch, and what `Task.dynamic` names."""
+def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task) -> dict[str, Any]:
+    """The `dynamic_shapes` of `torch.export`: the batch, and what `Task.dynamic` names.
+
+    They have the structure of the forward's own parameters: those of `*args` come in a tuple, of `**kwargs` in a dict.
+    """
     dims: dict[str, Any] = {"batch": Dim("batch")}
 
     def spec(name: str, value: Any) -> Mapping[int, Any] | None:
@@ -89,9 +93,9 @@ def dynamic_shapes(inputs: Inputs, task: Task) -> tuple[Any, ...] | dict[str, An
         named = {0: "batch", **task.dynamic_of(name)}
         return {d: dims.setdefault(label, Dim(label)) for d, label in named.items()}
 
-    if inputs.kwargs and not inputs.args:
-        return {name: spec(name, value) for name, value in inputs.kwargs.items()}
-    return tuple(spec(str(i), value) for i, value in enumerate(inputs.args))
+    args = [spec(str(i), value) for i, value in enumerate(inputs.args)]
+    kwargs = {name: spec(name, value) for name, value in inputs.kwargs.items()}
+    return inspect.signature(model.forward).bind(*args, **kwargs).arguments
 
 
 @contextlib.contextmanager
@@ -114,6 +118,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
         yield
 
 

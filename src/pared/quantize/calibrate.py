@@ -22,6 +22,12 @@ class Watcher(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, observers: Mapping[str, Any]) -> None:
         super().__init__(graph)
         self.observers = observers
+        # Keyword arguments come in the order of the example inputs, which need not be that of every batch.
+        self.keywords: list[str] = graph._in_spec.child(1).context
+
+    def show(self, inputs: Inputs) -> None:
+        """Run the graph on the inputs of one call."""
+        self.run(*inputs.args, *(inputs.kwargs[name] for name in self.keywords))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -53,24 +59,29 @@ def calibrate(
     """
     watcher = Watcher(graph, observers)
     samples = 0
-    first: list[torch.Tensor] | None = None
+    first: dict[str, torch.Tensor] = {}
     varied = False
     with torch.no_grad():
         for index, batch in enumerate(batches):
             for inputs in chunks(batch.inputs):
                 try:
-                    watcher.run(*inputs.args, *inputs.kwargs.values())
+                    watcher.show(inputs)
                 except QuantizeError as error:
                     error.add_note(f"while calibrating on batch {index}")
                     raise
-            tensors = list(batch.inputs.tensors.values())
-            first = first or [tensor[:1] for tensor in tensors]
-            varied = varied or any(not bool((t == f).all()) for t, f in zip(tensors, first, strict=True))
+            tensors = batch.inputs.tensors
+            first = first or {name: tensor[:1] for name, tensor in tensors.items()}
+            varied = varied or any(not repeats(tensor, first[name]) for name, tensor in tensors.items())
             samples += batch.inputs.size
             progress("calibrate", samples, 0, f"{samples} samples")
     if not varied and samples > 1:
         raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
     return samples
+
+
+def repeats(tensor: torch.Tensor, sample: torch.Tensor) -> bool:
+    """True where every sample of a tensor equals the given one."""
+    return tensor.shape[1:] == sample.shape[1:] and bool((tensor == sample).all())
 
 
 def first_samples(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch]:

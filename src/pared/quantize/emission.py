@@ -6,7 +6,6 @@ only file that imports them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from pared.quantize.affine import (
     quantize_bias,
 )
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
-from pared.quantize.placement import Anchor, Placement, behind
+from pared.quantize.placement import Anchor, Placement, behind, clip_of
 from pared.step import Scheme
 
 OPERATORS = torch.ops.quantized_decomposed
@@ -153,29 +152,12 @@ def drop_implied_clips(
     """
     for name, root in placement.tensors.items():
         node = nodes[name]
-        low, high = clip_of(node)
-        scale, zero_point = qparams[root].scale.item(), qparams[root].zero_point.item()
-        if low is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
+        bounds = clip_of(node)
+        if bounds is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
             continue
-        # Half a quantum of slack: a value beyond the clip by less still rounds to the same integer.
-        lowest, highest = ((end - zero_point) * scale for end in (numbers.low, numbers.high))
-        if lowest >= low - scale / 2 and highest <= high + scale / 2:
+        # What lies beyond a bound rounds as the bound does, where that is the end of the grid already.
+        if quantize(torch.tensor(bounds), qparams[root], numbers).tolist() == [numbers.low, numbers.high]:
             node.replace_all_uses_with(node.args[0])
-
-
-def clip_of(node: fx.Node) -> tuple[float | None, float]:
-    """Bounds of an activation that only clips; (None, inf) for every other operator."""
-    name = operator(node)
-    if name == "aten.relu":
-        return 0.0, math.inf
-    if name == "aten.relu6":
-        return 0.0, 6.0
-    if name in {"aten.hardtanh", "aten.clamp"}:
-        default = (-1.0, 1.0) if name == "aten.hardtanh" else (None, None)
-        bounds = [*node.args[1:3], *default[len(node.args) - 1 :]]
-        low, high = (bound if isinstance(bound, (int, float)) else None for bound in bounds[:2])
-        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-    return None, math.inf
 
 
 def drop_unused_tensors(graph: fx.GraphModule) -> None:

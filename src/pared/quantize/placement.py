@@ -8,6 +8,7 @@ and follows operators that only move values, with one range for all.
 from __future__ import annotations
 
 import dataclasses
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +25,9 @@ TRANSPARENT = frozenset({"aten.dropout", "aten.alias", "aten.detach", "aten.clon
 CANDIDATES = frozenset(
     {
         "aten.embedding",
+        "aten.conv_transpose1d",
+        "aten.conv_transpose2d",
+        "aten.conv_transpose3d",
         "aten.lstm",
         "aten.gru",
         "aten.rnn_tanh",
@@ -31,6 +35,10 @@ CANDIDATES = frozenset(
         "aten.bilinear",
         "aten.bmm",
         "aten.matmul",
+        "aten.mm",
+        "aten.addmm",
+        "aten.baddbmm",
+        "aten.einsum",
         "aten.scaled_dot_product_attention",
     }
 )
@@ -152,9 +160,26 @@ def activations(node: fx.Node) -> list[fx.Node]:
 def tensor_after(node: fx.Node, scheme: Scheme) -> fx.Node:
     """The tensor that leaves an integer operator: its own, or that of the activation fused into it."""
     users = list(node.users)
-    if len(users) == 1 and operator(users[0]) in scheme.absorbed and users[0].args[0] is node:
-        return users[0]
-    return node
+    if len(users) != 1 or operator(users[0]) not in scheme.absorbed or users[0].args[0] is not node:
+        return node
+    bounds = clip_of(users[0])
+    # A range always holds 0, so the quantization can only do the work of a clip that lets 0 pass.
+    return users[0] if bounds is not None and bounds[0] <= 0 <= bounds[1] else node
+
+
+def clip_of(node: fx.Node) -> tuple[float, float] | None:
+    """Bounds of an activation that only clips, by numbers; None for every other operator."""
+    name = operator(node)
+    if name == "aten.relu":
+        return 0.0, math.inf
+    if name == "aten.relu6":
+        return 0.0, 6.0
+    if name not in {"aten.hardtanh", "aten.clamp"}:
+        return None
+    given = [*node.args[1:3], None, None][:2]
+    default = (-1.0, 1.0) if name == "aten.hardtanh" else (-math.inf, math.inf)
+    low, high = (end if bound is None else bound for bound, end in zip(given, default, strict=True))
+    return (float(low), float(high)) if isinstance(low, (int, float)) and isinstance(high, (int, float)) else None
 
 
 def behind(node: fx.Node) -> fx.Node:
@@ -238,8 +263,10 @@ def quantized_tensors(
         node = nodes[name]
         for arg in activations(node):
             wanted[behind(arg).name] = None
-        if operator(node) in scheme.whole or name in joins:
-            wanted[tensor_after(node, scheme).name] = None
+        after = tensor_after(node, scheme)
+        # A float clip behind an integer layer would be fused into the layer, and draw it into float.
+        if operator(node) in scheme.whole or name in joins or after is not node:
+            wanted[after.name] = None
     roots: dict[str, str] = {}
     for name in list(wanted):
         chain = [nodes[name]]
@@ -250,7 +277,6 @@ def quantized_tensors(
             if source.op == "get_attr" or (isinstance(value, torch.Tensor) and value.dtype != torch.float32):
                 break
             chain.append(source)
-        for node in chain:
-            if isinstance(node.meta.get("val"), torch.Tensor):
-                roots[node.name] = chain[-1].name
+        tensors = [node.name for node in chain if isinstance(node.meta.get("val"), torch.Tensor)]
+        roots |= dict.fromkeys(tensors, tensors[-1])
     return {name: roots[name] for name in nodes if name in roots}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,12 @@ SCHEME = Scheme(
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
 )
 
+# Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
+MOVING = frozenset(
+    {"Relu", "Clip", "MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Pad", "Identity"}
+)
+LOWEST = "lowest_float32"
+
 
 class OnnxRuntime:
     """ONNX Runtime on the CPU."""
@@ -77,6 +84,7 @@ class OnnxRuntime:
             raise TargetError("onnxruntime: the exporter returned nothing")
         proto = exported.model_proto
         strip(proto)
+        protect(proto.graph)
         try:
             onnx.checker.check_model(proto, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -109,9 +117,13 @@ def strip(proto: Any) -> None:
     kept = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     kept |= {tensor.name for tensor in tensors if tensor.name.endswith("weight")}
     short: dict[str, str] = {}
+    fresh = (name for name in map("t{}".format, itertools.count()) if name not in kept)
+
+    def shorten(name: str) -> str:
+        return name if name in kept or not name else short.get(name) or short.setdefault(name, next(fresh))
+
     for tensor in tensors:
-        if tensor.name not in kept:
-            tensor.name = short.setdefault(tensor.name, f"t{len(short)}")
+        tensor.name = shorten(tensor.name)
     graphs: list[Any] = [proto.graph]
     while graphs:
         graph = graphs.pop()
@@ -122,10 +134,53 @@ def strip(proto: Any) -> None:
         for node in graph.node:
             node.ClearField("name")
             for values in (node.input, node.output):
-                values[:] = [v if v in kept or not v else short.setdefault(v, f"t{len(short)}") for v in values]
+                values[:] = map(shorten, values)
             for attribute in node.attribute:
                 attribute.ClearField("doc_string")
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+        if graph is not proto.graph:
+            for holder in (*graph.input, *graph.output, *graph.initializer):
+                holder.name = shorten(holder.name)
+
+
+def protect(graph: Any) -> None:
+    """Keep ONNX Runtime from rounding the weights of layers that stay in float.
+
+    It takes a float convolution or Gemm between integer tensors for an oversight, and rounds its weight to 8 bits with
+    one scale for all channels (`WeightBiasQuantization`). Behind a maximum with the lowest number, which changes no
+    value, it leaves the layer alone.
+    """
+    import numpy as np
+    import onnx
+
+    makers = {name: node for node in graph.node for name in node.output}
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    weights = {tensor.name for tensor in graph.initializer}
+    guarded = []
+    for node in graph.node:
+        if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or node.input[1] not in weights:
+            continue
+        before, after = makers.get(node.input[0]), users.get(node.output[0], [])
+        while before is not None and before.op_type in MOVING:
+            before = makers.get(before.input[0])
+        while len(after) == 1 and after[0].op_type in MOVING:
+            after = users.get(after[0].output[0], [])
+        if (
+            before is not None
+            and before.op_type == "DequantizeLinear"
+            and after[:1]
+            and after[0].op_type == "QuantizeLinear"
+        ):
+            guarded.append(node)
+    for node in guarded:
+        name, node.output[0] = node.output[0], f"{node.output[0]}_float"
+        guard = onnx.helper.make_node("Max", [node.output[0], LOWEST], [name])
+        graph.node.insert(list(graph.node).index(node) + 1, guard)
+    if guarded:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(np.finfo(np.float32).min), LOWEST))
 
 
 @contextlib.contextmanager
