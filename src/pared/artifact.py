@@ -7,6 +7,7 @@ Nothing in it is pickled, and opening it imports nothing that it names. The one 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from pared.errors import ArtifactError, ModelError
+from pared.errors import ArtifactError, DataError, ModelError, nearest
 from pared.loading import load_weights
 from pared.measure.environment import usable_cores, version_of
 from pared.report.data import Report
@@ -26,7 +27,7 @@ from pared.report.html import ledger_html, write_html
 from pared.step import Plan
 from pared.surgery import apply_edits
 from pared.targets.sessions import open_session, runtime
-from pared.task import as_inputs
+from pared.task import Inputs, as_inputs
 
 if TYPE_CHECKING:
     from pared.step import Target
@@ -51,8 +52,11 @@ class Artifact:
         self.path = path
         self.manifest = manifest
         self.report = Report.read(path)
-        plans = json.loads((path / "plans.json").read_text(encoding="utf8"))
-        self.plans = tuple(Plan.from_json(plan) for plan in plans)
+        try:
+            plans = json.loads((path / "plans.json").read_text(encoding="utf8"))
+            self.plans = tuple(Plan.from_json(plan) for plan in plans)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{path / 'plans.json'} is damaged ({error!r}); make the artifact again") from None
         self.session: OpenSession | None = None
 
     @property
@@ -67,24 +71,30 @@ class Artifact:
             The output that `Task.output` picks, on the CPU.
 
         Raises:
-            DataError: The inputs are no tensors.
+            DataError: The inputs are no tensors, or a keyword is none of the file's inputs.
             TargetError: The runtime refuses them.
         """
-        inputs = as_inputs(kwargs if kwargs else args)
         if self.session is None:
             self.session = open_session(self.manifest["target"], self.file, threads=usable_cores())
         names = [spec.name for spec in self.session.inputs]
-        named = set(names) == set(inputs.kwargs)
-        arrays = [inputs.kwargs[name].numpy() for name in names] if named else inputs.arrays()
-        return torch.from_numpy(self.session.run(arrays)[self.manifest["output"]])
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            raise DataError(f"predict: the file has no input {unknown[0]!r}; {nearest(unknown[0], names)}")
+        inputs = Inputs(as_inputs(args).args, as_inputs(kwargs).kwargs)
+        return torch.from_numpy(self.session.run(inputs.arrays(names))[self.manifest["output"]])
 
     def save(self, path: str | Path) -> Artifact:
         """Move the artifact to another folder. Raises: ArtifactError where something is there already."""
         target = Path(path)
-        if target.exists():
-            raise ArtifactError(f"{target} exists; give a folder that does not")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.path, target)
+        try:
+            if target.exists():
+                raise ArtifactError(f"{target} exists; give a folder that does not")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.path, target)
+        except OSError as error:
+            raise ArtifactError(
+                f"{target} cannot be written ({error.strerror}); give another folder. The artifact is in {self.path}"
+            ) from error
         self.path, self.session = target, None
         return self
 
@@ -105,19 +115,19 @@ def write_artifact(
     report: Report,
     program: ExportedProgram | None,
     output: int,
-    run: str,
+    run: Mapping[str, str],
 ) -> None:
     """Write all files of an artifact into a new folder; what was there is replaced.
 
     Args:
         program: The quantized program, or None.
         output: Which of the file's outputs the task looks at.
-        run: Fingerprint of the run that made it.
+        run: Fingerprints of the run that made it, for the manifest.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shutil.copyfile(file, folder / target.filename)
-    save_file(dict(tensors), folder / TENSORS)
+    (folder / TENSORS).write_bytes(save(dict(tensors)))
     if program is not None:
         save_program(program, folder / PROGRAM)
     write_text(folder / "plans.json", [plan.to_json() for plan in plans])
@@ -130,7 +140,7 @@ def write_artifact(
         "pared": version_of("pared"),
         "target": target.name,
         "output": output,
-        "run": run,
+        **run,
         "files": {name: digest(folder / name) for name in names},
     }
     write_text(folder / MANIFEST, manifest)
@@ -154,7 +164,9 @@ def save_program(program: ExportedProgram, path: Path) -> None:
             node.meta.clear()
             node.meta.update(kept)
     program._example_inputs = None
-    torch.export.save(program, path)
+    buffer = io.BytesIO()  # PyTorch's own writer says of a full disk only that it failed
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def open_artifact(path: str | Path) -> Artifact:
@@ -166,7 +178,7 @@ def open_artifact(path: str | Path) -> Artifact:
         # The page is made from report.json and may be made anew, with another version of pared.
         if name == "report.html":
             continue
-        if not file.exists():
+        if not file.is_file():
             raise ArtifactError(f"{folder} lacks {name}; the artifact is damaged, make it again")
         if digest(file) != expected:
             raise ArtifactError(f"{folder}: {name} is not the file that was written; the artifact is damaged")
@@ -183,10 +195,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder / MANIFEST} is damaged: it is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ArtifactError(f"{folder}: not an artifact of format {FORMAT}; open it with the pared that wrote it")
-    names = manifest.get("files")
-    if not isinstance(names, dict) or any(Path(name).name != name for name in names):
+    shape = {"target": str, "output": int, "run": str, "test": str, "files": dict}
+    wrong = [name for name, kind in shape.items() if type(manifest.get(name)) is not kind]
+    if wrong:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: its entry {wrong[0]!r} is missing or wrong")
+    needed = {runtime(manifest["target"]).filename, TENSORS, "plans.json", "report.json"}
+    names = manifest["files"]
+    if not needed <= names.keys() or not all(map(is_plain, names)) or manifest["output"] < 0:
         raise ArtifactError(f"{folder / MANIFEST} is damaged: its list of files is wrong")
     return manifest
+
+
+def is_plain(name: str) -> bool:
+    """True for the name of a file in the folder itself."""
+    return name not in {"", ".", ".."} and not any(character in name for character in "/\\:\0")
 
 
 def load(
@@ -210,7 +232,7 @@ def load(
     """
     artifact = open_artifact(path)
     if quantized:
-        if not (artifact.path / PROGRAM).exists():
+        if PROGRAM not in artifact.manifest["files"]:
             raise ArtifactError(f"{path} is not quantized: it holds no {PROGRAM}; load it without quantized=True")
         if not trust:
             raise ArtifactError(
@@ -222,7 +244,7 @@ def load(
 
         program: nn.Module = torch.export.load(artifact.path / PROGRAM).module(check_guards=False)
         return program
-    if model is None:
+    if not isinstance(model, nn.Module):
         raise ModelError("give a fresh model of the class that was compressed: pared.load(path, model=MyNet())")
     edits = [edit for plan in artifact.plans for edit in plan.edits if edit.kind != "quantize"]
     replayed = apply_edits(model, edits, {})

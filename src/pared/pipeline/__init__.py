@@ -1,5 +1,5 @@
 """From a trained model and steps to an artifact with its ledger: stages, blocks and budgets, roll back, resume."""
 
-from pared.pipeline.run import compress, dry_run
+from pared.pipeline.entry import compress, dry_run
 
 __all__ = ["compress", "dry_run"]

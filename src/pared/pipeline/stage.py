@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from torch.utils._pytree import tree_leaves
 from pared.errors import ModelError
 from pared.graph.capture import evaluating
 from pared.graph.counts import LayerCount, nonzero_params
+from pared.identity import identity
 from pared.measure.fidelity import Comparison
 from pared.measure.parity import FLOAT_FLOOR_DB, check_parity
 from pared.metrics import Metric
 from pared.pipeline.workspace import write_json
-from pared.report.data import Agreement, Layer
+from pared.report.data import Agreement, Layer, finite
+from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
-from pared.task import Batch, Inputs, Role, Task, call, evaluate
+from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
 
@@ -74,17 +76,10 @@ def output_index(model: nn.Module, task: Task) -> int:
     )
 
 
-def feed(session: Session, inputs: Inputs) -> list[np.ndarray]:
-    """Arrays in the order of the file's inputs: keyword arguments by name, positional ones as they come."""
-    names = [spec.name for spec in session.inputs]
-    if inputs.kwargs and not inputs.args and set(names) <= set(inputs.kwargs):
-        return [inputs.tensors[name].detach().cpu().numpy() for name in names]
-    return inputs.arrays()
-
-
 def runner(session: Session, output: int) -> Any:
     """A prediction function of an exported file."""
-    return lambda inputs: torch.from_numpy(session.run(feed(session, inputs))[output])
+    names = [spec.name for spec in session.inputs]
+    return lambda inputs: torch.from_numpy(session.run(inputs.arrays(names))[output])
 
 
 def judging_data(task: Task) -> tuple[Role | None, Iterator[Batch]]:
@@ -144,7 +139,8 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
                 break
     floor = FLOAT_FLOOR_DB
     if stage.quantized and before is not None:
-        floor = min(cost.result().sqnr_db or floor, floor)
+        own_cost = cost.result().sqnr_db
+        floor = floor if own_cost is None else min(own_cost, floor)
     found = own.result()
     check_parity(found, floor_db=floor, where=stage.plan.step if stage.plan else "baseline")
     return found
@@ -170,32 +166,65 @@ def finish_stage(
     }
     if stage.plan is not None:
         write_json(folder / "plan.json", stage.plan.to_json())
-    write_json(folder / "stage.json", stage.facts)
+    write_json(folder / "stage.json", finite(stage.facts))
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """Facts of a finished stage, or None. A metric that was NaN, which JSON has not, is NaN again."""
+    if not (folder / "stage.json").exists():
+        return None
+    facts: dict[str, Any] = json.loads((folder / "stage.json").read_text(encoding="utf8"))
+    metrics = {name: math.nan if value is None else value for name, value in facts["metrics"].items()}
+    return facts | {"metrics": metrics}
 
 
 def read_stage(folder: Path) -> tuple[Plan, dict[str, Any]] | None:
     """Plan and facts of a finished stage, or None."""
-    if not (folder / "stage.json").exists():
+    facts = read_facts(folder)
+    if facts is None:
         return None
-    facts = json.loads((folder / "stage.json").read_text(encoding="utf8"))
     plan = json.loads((folder / "plan.json").read_text(encoding="utf8"))
     return Plan.from_json(plan), facts
 
 
 def test_metrics(
     files: Sequence[Path], output: int, task: Task, target: Target, threads: int
-) -> list[dict[str, float]]:
-    """Metrics of exported files on `test` data, which is read here and nowhere else."""
+) -> tuple[list[dict[str, float]], str]:
+    """Metrics of exported files on `test` data, and the data's fingerprint. All files see one and the same reading."""
     if task.test is None or not task.metrics:
-        return [{} for _ in files]
-    sessions = [target.open(file, threads=threads) for file in files]
-    return [evaluate(runner(s, output), task.batches("test"), task.metrics) for s in sessions]
+        return [{} for _ in files], ""
+    predictors = {file: runner(target.open(file, threads=threads), output) for file in files}
+    first: list[Batch] = []
+    found = evaluate_all(list(predictors.values()), noted(task.batches("test"), first), task.metrics)
+    by_file = dict(zip(predictors, found, strict=True))
+    return [by_file[file] for file in files], digest_of(first)
+
+
+def noted(batches: Iterable[Batch], first: list[Batch]) -> Iterator[Batch]:
+    """The same batches, the first of them kept."""
+    for batch in batches:
+        if len(first) < FIRST:
+            first.append(batch)
+        yield batch
+
+
+def digest_of(batches: Iterable[Batch]) -> str:
+    return identity([content_of(batch) for batch in batches])
+
+
+def test_id(task: Task, seed: int) -> str:
+    """The fingerprint that `test_metrics` gives, from the first batches alone."""
+    if task.test is None or not task.metrics:
+        return ""
+    seed_all(task, seed, 0)
+    return digest_of(task.batches("test", limit=FIRST))
 
 
 def layer_table(counts: Sequence[LayerCount], plans: Sequence[Plan]) -> tuple[Layer, ...]:
     """What each layer became by the plans kept so far."""
     became: dict[str, str] = {}
     for plan in plans:
+        became |= dict.fromkeys(plan.facts.get("folded", ()), "folded")
         for edit in plan.edits:
             became[edit.module] = f"int{edit.detail['bits']}" if edit.kind == "quantize" else edit.kind
     return tuple(

@@ -20,10 +20,13 @@ from pared.targets.sessions import open_session
 def worker_command(target: str, file: Path, *, threads: int, inputs_file: Path) -> list[str]:
     """The arguments that start a worker for a file, as `measure.latency` and `measure.memory` take them.
 
-    `-P` keeps the current folder off the import path: measuring a file runs no code that lies beside it.
+    `-P` keeps the current folder off the import path: measuring a file runs no code that lies beside it. The worker
+    runs this very pared, also where the caller put it on `sys.path` by hand.
     """
+    home = str(Path(__file__).parents[2])
+    start = f"import runpy, sys; sys.path.append({home!r}); runpy.run_module(sys.argv.pop(1), run_name='__main__')"
     return [
-        *(sys.executable, "-P", "-m", "pared.targets.worker", target, str(file)),
+        *(sys.executable, "-P", "-c", start, "pared.targets.worker", target, str(file)),
         *("--threads", str(threads), "--inputs", str(inputs_file)),
     ]
 
