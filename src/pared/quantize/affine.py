@@ -181,7 +181,8 @@ def fit_bias(weight_scale: Tensor, bias: Tensor, input_scale: Tensor) -> Tensor:
     """Weight scales, widened where the bias would overflow int32.
 
     A channel whose weights are all but zero has a tiny scale, in whose units its bias may exceed int32: the result
-    would be wrong by orders of magnitude, silently. Half the range is kept for the sum itself.
+    would be wrong by orders of magnitude, silently. Half the range is kept for the sum itself. Nor may the unit itself
+    be too small for float32.
     """
-    least = bias.double().abs() / (input_scale.double() * (INT32_MAX // 2))
-    return torch.maximum(weight_scale.double(), least).float()
+    unit = (bias.double().abs() / (INT32_MAX // 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.maximum(weight_scale.double(), unit / input_scale.double()).float()

@@ -1,0 +1,153 @@
+"""Streaming statistics against numpy on all the data at once."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pared.activations import Extremes, Histogram
+from pared.errors import DataError
+
+VALUES = st.floats(-(2.0**127), 2.0**127, width=32)
+SMALL = st.floats(-10, 10, width=32)
+BATCH = st.one_of(
+    st.lists(VALUES, max_size=8),
+    st.lists(SMALL, max_size=8),
+    st.lists(st.just(0.0), max_size=4),
+    st.lists(st.sampled_from([-4.0, -1.0, 1.0, 4.0, 2.0**-149, -(2.0**-149), 2.0**127, -(2.0**127)]), max_size=4),
+)
+BATCHES = st.lists(BATCH.map(lambda v: torch.tensor(v, dtype=torch.float32)), min_size=1, max_size=6)
+
+
+def counted(batches: list[Tensor], bins: int = 16) -> Histogram:
+    histogram = Histogram(bins)
+    for batch in batches:
+        histogram.update(batch)
+    return histogram
+
+
+def edges(histogram: Histogram) -> np.ndarray:
+    return (np.arange(histogram.bins + 1) - histogram.bins // 2) * histogram.width
+
+
+@settings(max_examples=300, deadline=None)
+@given(BATCHES)
+def test_histogram_counts_as_numpy_does_whatever_the_batches(batches: list[Tensor]) -> None:
+    histogram = counted(batches)
+    values = torch.cat(batches).double().numpy()
+    assert histogram.counts.sum().item() == values.size
+    if histogram.width == 0.0:
+        assert not values.any()
+        return
+    # numpy closes its last bin at both ends, and no value lies on that edge.
+    expected, _ = np.histogram(values, edges(histogram))
+    np.testing.assert_array_equal(histogram.counts.numpy(), expected)
+    assert edges(histogram)[0] <= values.min() <= values.max() < edges(histogram)[-1]
+    # The window is no wider than it must be.
+    assert np.abs(values).max() >= edges(histogram)[-1] / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(BATCH.map(torch.tensor), min_size=2, max_size=4))
+def test_histogram_is_the_same_for_any_order_and_any_cut(batches: list[Tensor]) -> None:
+    reference = counted(batches)
+    others = [list(order) for order in itertools.permutations(batches)]
+    others += [[torch.cat(batches)], list(torch.cat(batches).split(1))]
+    for other in map(counted, others):
+        assert other.width == reference.width
+        assert torch.equal(other.counts, reference.counts)
+        assert (other.extremes.low, other.extremes.high) == (reference.extremes.low, reference.extremes.high)
+
+
+def test_histogram_equals_torch_histc_on_its_own_edges() -> None:
+    batches = [torch.randn(7, 5) * scale for scale in (0.1, 3.0, 40.0, 0.5)]
+    histogram = counted(batches, bins=64)
+    reach = edges(histogram)[-1]
+    expected = torch.histc(torch.cat(batches).double(), bins=64, min=-reach, max=reach)
+    assert torch.equal(histogram.counts, expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(BATCHES, st.floats(0, 1))
+def test_quantile_is_within_a_bin_of_numpy_and_inside_the_extremes(batches: list[Tensor], q: float) -> None:
+    values = torch.cat(batches).double().numpy()
+    if values.size == 0:
+        return
+    histogram = counted(batches, bins=64)
+    found = histogram.quantile(q)
+    assert values.min() <= found <= values.max()
+    # The order statistics on both sides of q, since rounding of q * n may fall to either.
+    n = values.size
+    low = np.quantile(values, max(q - 1e-9, 0), method="inverted_cdf")
+    high = np.quantile(values, min(q + 1e-9, 1), method="inverted_cdf")
+    assert low - histogram.width <= found <= high + histogram.width, n
+
+
+def test_quantile_grows_with_the_fraction() -> None:
+    histogram = counted([torch.randn(1000), torch.zeros(500), torch.rand(100) * 30], bins=256)
+    found = [histogram.quantile(q) for q in np.linspace(0, 1, 101)]
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (histogram.extremes.low, histogram.extremes.high)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([0.0, 0.0], 0.0, 0.0),
+        ([5.0, 5.0], 5.0, 5.0),
+        ([-4.0], -4.0, -4.0),
+        ([-1.0, -1.0, -1.0], -1.0, -1.0),
+        ([1e-38, 1e-38], 1e-38, 1e-38),
+    ],
+)
+def test_quantile_is_exact_when_all_values_are_the_same(values: list[float], low: float, high: float) -> None:
+    histogram = counted([torch.tensor(values)])
+    assert histogram.quantile(0.0) == pytest.approx(low, rel=1e-6)
+    assert histogram.quantile(1.0) == pytest.approx(high, rel=1e-6)
+
+
+def test_histogram_keeps_its_size_over_many_orders_of_magnitude() -> None:
+    histogram = counted([torch.tensor([10.0**power]) for power in range(-38, 39)], bins=32)
+    assert histogram.counts.shape == (32,)
+    assert histogram.counts.sum().item() == 77
+    assert histogram.counts[16:].sum().item() == 77
+
+
+@pytest.mark.parametrize("statistic", [Extremes, Histogram])
+def test_update_refuses_and_keeps_what_it_has_when_a_value_is_not_finite(statistic: type) -> None:
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        seen = statistic()
+        seen.update(torch.tensor([1.0, 2.0]))
+        with pytest.raises(DataError, match="not finite"):
+            seen.update(torch.tensor([0.0, bad, 9.0]))
+        extremes = seen if isinstance(seen, Extremes) else seen.extremes
+        assert (extremes.low, extremes.high) == (1.0, 2.0)
+        if isinstance(seen, Histogram):
+            assert seen.counts.sum().item() == 2
+
+
+@given(BATCHES)
+def test_extremes_equal_numpy_whatever_the_batches(batches: list[Tensor]) -> None:
+    seen = Extremes()
+    for batch in batches:
+        seen.update(batch)
+    values = torch.cat(batches).numpy()
+    if values.size:
+        assert (seen.low, seen.high) == (values.min(), values.max())
+    else:
+        assert seen.low > seen.high
+
+
+def test_update_takes_any_shape_and_narrow_types() -> None:
+    histogram = Histogram()
+    histogram.update(torch.ones(2, 0, 3))
+    histogram.update(torch.tensor(0.5))
+    histogram.update(torch.full((2, 3, 4), 0.25, dtype=torch.bfloat16).transpose(0, 2))
+    assert histogram.counts.sum().item() == 25
+    assert (histogram.extremes.low, histogram.extremes.high) == (0.25, 0.5)
