@@ -247,6 +247,15 @@ def settings(cls: type[T]) -> type[T]:
             init(self, **kwargs)
         except pydantic.ValidationError as error:
             raise SettingError(explain(error, cls.__name__, valid)) from None
+        # pydantic's own strictness would refuse lists for tuples, and plain data for small settings.
+        for name, given in kwargs.items():
+            made_of = getattr(self, name)
+            if (
+                isinstance(given, (str, bool))
+                and isinstance(made_of, (int, float))
+                and type(given) is not type(made_of)
+            ):
+                raise SettingError(f"{cls.__name__}.{name}: expected {type(made_of).__name__}, found {given!r}")
 
     made.__init__ = checked_init  # type: ignore[method-assign, assignment]
     return made  # type: ignore[return-value]
