@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from pared.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,7 +40,9 @@ def relative(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=relative)
-def test_page_examples_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_examples_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, (language, title, text) in enumerate(examples(page), 1):
@@ -51,21 +53,17 @@ def test_page_examples_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
             exec(code, namespace)  # noqa: S102  # our own pages
         elif language == "bash":
             for line in re.sub(r"\\\n\s*", "", text).splitlines():
-                run_command(line.split(" #")[0].strip())
+                run_command(line.split(" #")[0].strip(), capsys)
 
 
-def run_command(line: str) -> None:
+def run_command(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not line.startswith("pared ") or ELSEWHERE.match(line):
         return
-    done = subprocess.run(
-        [sys.executable, "-m", "pared", *shlex.split(line)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert done.stdout.strip(), f"{line} printed nothing"
+    capsys.readouterr()
+    status = main(shlex.split(line)[1:])
+    printed = capsys.readouterr()
+    assert status == 0, f"{line}\n{printed.out}\n{printed.err}"
+    assert printed.out.strip(), f"{line} printed nothing"
 
 
 @pytest.fixture(scope="module")
