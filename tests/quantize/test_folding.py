@@ -62,7 +62,7 @@ def check_same_function(model: nn.Module, graph: fx.GraphModule, shape: tuple[in
         model.float()
         before, after = model(x), graph(x)
     scale = exact.abs().max()
-    # Both round each of at most 100 products and sums a value by 2^-24 of the largest partial result; and folding rounds
+    # Both round at most 100 products and sums a value by 2^-24 of the largest partial result each; and folding rounds
     # every weight once more. Cancelling against a mean can make partial results a few times the output.
     tolerance = 100 * 2.0**-24 * 8
     assert (before - exact).abs().max() / scale < tolerance
@@ -152,6 +152,15 @@ def test_fold_leaves_what_it_must_and_keeps_the_function(name: str) -> None:
     graph, names = fold(prepared(model), shape)
     assert (len(names), norms_left(graph)) == (folds, left)
     check_same_function(model, graph, shape)
+
+
+def test_fold_stores_one_weight_when_a_layer_and_its_norm_are_used_twice() -> None:
+    part = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+    model = prepared(Forward(lambda s, x: s.part(F.relu(s.part(x))), part=part))
+    graph, names = fold(model, IMAGE)
+    weights = {node.args[1].target for node in graph.graph.nodes if operator(node) == "aten.conv2d"}
+    assert (len(names), len(weights), norms_left(graph)) == (2, 1, 0)
+    check_same_function(model, graph, IMAGE)
 
 
 def test_fold_keeps_batch_statistics_when_the_norm_has_no_running_ones() -> None:

@@ -83,7 +83,7 @@ def doubled(inputs: Inputs) -> Inputs:
 def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task) -> dict[str, Any]:
     """The `dynamic_shapes` of `torch.export`: the batch, and what `Task.dynamic` names.
 
-    They have the structure of the forward's own parameters: those of `*args` come in a tuple, of `**kwargs` in a dict.
+    They have the structure of the forward's own parameters: those of `*args` come in a tuple.
     """
     dims: dict[str, Any] = {"batch": Dim("batch")}
 

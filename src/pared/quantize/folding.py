@@ -17,6 +17,8 @@ CONVOLUTIONS = frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d"})
 TRANSPOSED = frozenset({"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"})
 LINEAR = "aten.linear"
 FUNCTIONAL_BATCH_NORM = "aten._native_batch_norm_legit_no_training"
+# Settings and names of what went into a fold -> the nodes that read the folded weight and bias.
+Stored = dict[tuple[str | None, ...], tuple[fx.Node, fx.Node]]
 
 
 def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
@@ -26,13 +28,14 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
         Names of the batch norm modules that were taken in.
     """
     folded = []
+    stored: Stored = {}
     for node in list(graph.graph.nodes):
         norm = normalization(node)
         if norm is None:
             continue
         layer = norm.args[0]
         if isinstance(layer, fx.Node) and foldable(layer, norm):
-            fold(graph, layer, norm)
+            fold(graph, layer, norm, stored)
             node.replace_all_uses_with(layer)
             folded.append(owner(norm))
     graph.graph.eliminate_dead_code()
@@ -64,8 +67,18 @@ def foldable(layer: fx.Node, norm: fx.Node) -> bool:
     return all(item is None or (isinstance(item, fx.Node) and item.op == "get_attr") for item in stored)
 
 
-def fold(graph: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
-    """Give `layer` the weight and bias that do `norm`'s work too."""
+def fold(graph: fx.GraphModule, layer: fx.Node, norm: fx.Node, stored: Stored) -> None:
+    """Give `layer` the weight and bias that do `norm`'s work too: one pair for all uses of the same two modules."""
+    inputs: list[Any] = [layer.args[1], *layer.args[2:3], *norm.args[1:5]]
+    settings = operator(layer), repr(layer.args[3:]), repr(norm.args[5:])
+    key = (*settings, *(item and str(item.target) for item in inputs))
+    if key not in stored:
+        stored[key] = fold_tensors(graph, layer, norm)
+    layer.args = (layer.args[0], *stored[key], *layer.args[3:])
+
+
+def fold_tensors(graph: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Folded weight and bias, stored before `layer`."""
     weight_node: Any = layer.args[1]
     bias = tensor_of(graph, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else None
     gamma, beta, mean, var = (None if arg is None else tensor_of(graph, arg) for arg in norm.args[1:5])
@@ -78,8 +91,7 @@ def fold(graph: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
     )
     with graph.graph.inserting_before(layer):
         weight_node = store(graph, f"{layer.name}_folded_weight", weight, like=str(weight_node.target))
-        bias_node = store(graph, f"{layer.name}_folded_bias", bias)
-    layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
+        return weight_node, store(graph, f"{layer.name}_folded_bias", bias)
 
 
 def folded(
