@@ -71,8 +71,9 @@ class OnnxRuntime:
         import torch
 
         from pared.graph.capture import capture, quiet
+        from pared.targets.decomposition import decompose_sparingly
 
-        program = capture(model, task)
+        program = decompose_sparingly(capture(model, task))
         with quiet(), hushed():
             try:
                 exported = torch.onnx.export(program, dynamo=True, verbose=False)
