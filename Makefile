@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DECLARED := pyproject.toml constraints.txt
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt
 
 .PHONY: help setup demo check test contract bench docs constraints clean
 
