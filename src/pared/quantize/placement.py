@@ -42,6 +42,7 @@ CANDIDATES = frozenset(
         "aten.scaled_dot_product_attention",
     }
 )
+NAMED_BY_LAYER = frozenset({"aten.linear", "aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu", "aten.embedding"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +86,14 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     candidates = [node for node in nodes.values() if operator(node) in scheme.weighted | CANDIDATES]
-    check_patterns(include, exclude, [owner(node) for node in candidates])
+    check_patterns(include, exclude, [layer(node) for node in candidates])
     anchors, skips = [], []
     for node in candidates:
         reason = why_not(node, scheme, include, exclude)
         if reason is None:
             weight: Any = node.args[1]
             name = str(weight.meta.get("stands_for") or weight.target)
-            anchors.append(Anchor(node.name, owner(node), name, operator(node)))
+            anchors.append(Anchor(node.name, layer(node), name, operator(node)))
         else:
             skips.append(Skip(label(node), reason))
     joins = active_joins(nodes, {anchor.node for anchor in anchors}, scheme)
@@ -104,12 +105,23 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
 
 
 def label(node: fx.Node) -> str:
-    """What a skipped operator is called: its module, and for operators that are not modules their name too."""
-    return (
-        owner(node)
-        if operator(node).split(".")[-1] in {"linear", "lstm", "gru", "embedding"} or is_convolution(node)
-        else f"{owner(node) or '(root)'}:{node.name}"
-    )
+    """What a skipped operator is called: its layer, and for operators that are no layers their name too."""
+    named = operator(node) in NAMED_BY_LAYER or is_convolution(node)
+    return layer(node) if named and layer(node) else f"{owner(node) or '(root)'}:{node.name}"
+
+
+def layer(node: fx.Node) -> str:
+    """Dotted name of the module that a weighted operator stands for: the holder of its weight, or the one that ran it.
+
+    A forward may use the weight of a module inside its own; tied weights are held by a module elsewhere.
+    """
+    ran = owner(node)
+    weight = node.args[1] if len(node.args) > 1 else None
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        holder = str(weight.meta.get("stands_for") or weight.target).rpartition(".")[0]
+        if holder.startswith(f"{ran}." if ran else ""):
+            return holder
+    return ran
 
 
 def is_convolution(node: fx.Node) -> bool:
@@ -126,7 +138,7 @@ def check_patterns(include: tuple[str, ...], exclude: tuple[str, ...], names: li
 
 def why_not(node: fx.Node, scheme: Scheme, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
     """The reason for leaving a candidate in float, or None."""
-    name = owner(node)
+    name = layer(node)
     if not any(fnmatchcase(name, pattern) for pattern in include):
         return "not in include"
     excluded = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
