@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -14,7 +15,7 @@ from pared.quantize.emission import emit
 from pared.quantize.folding import fold_batch_norms
 from pared.quantize.placement import Placement, place
 from pared.quantize.ranges import RANGES, MinMax, Percentile
-from pared.step import Context, Edit, Need, Plan, settings, settings_of
+from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
 
 def named_ranges(value: Any) -> Any:
@@ -100,6 +101,7 @@ class QuantizeStatic:
         graph = capture(model, ctx.task).module(check_guards=False)
         if not isinstance(graph, fx.GraphModule):
             raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
+        idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
         own_tensors(graph)
         folded = fold_batch_norms(graph)
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
@@ -109,7 +111,18 @@ class QuantizeStatic:
                 "QuantizeStatic would quantize no layer"
                 + (f" ({reasons})" if reasons else ": the model has none that could")
             )
-        return graph, placement, folded
+        return graph, dataclasses.replace(placement, skips=(*placement.skips, *idle)), folded
+
+
+def idle_layers(model: nn.Module, graph: fx.GraphModule) -> list[str]:
+    """Modules with a weight of two dimensions or more that no operator of the captured graph reads."""
+    read = {node.target for node in graph.graph.nodes if node.op == "get_attr" and node.users}
+    used = {id(tensor) for name, tensor in graph.named_parameters(remove_duplicate=False) if name in read}
+    weights = {
+        name: [tensor for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
+        for name, module in model.named_modules()
+    }
+    return [name for name, own in weights.items() if own and not any(id(tensor) in used for tensor in own)]
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -129,3 +142,6 @@ def own_tensors(graph: fx.GraphModule) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+        for name, constant in vars(module).items():
+            if isinstance(constant, Tensor):
+                vars(module)[name] = copies.setdefault(id(constant), constant.detach().clone())
