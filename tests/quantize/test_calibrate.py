@@ -102,7 +102,7 @@ def test_calibrate_names_node_and_batch_when_an_activation_is_not_finite() -> No
 
     graph = graph_of(Log(), torch.ones(2, 4))
     data = as_batches(torch.rand(3, 4) + 1, torch.rand(3, 4) + 1, torch.zeros(3, 4))
-    with pytest.raises(QuantizeError, match=r"log: values are not finite") as caught:
+    with pytest.raises(QuantizeError, match=r"\(root\) \(log\): values are not finite") as caught:
         calibrate(graph, {"log": Extremes()}, data)
     assert caught.value.__notes__ == ["while calibrating on batch 2"]
 

@@ -147,16 +147,19 @@ def drop_implied_clips(
 ) -> None:
     """Take out activations that the saturation of the quantize operator after them already does.
 
-    ReLU before unsigned integers with zero point 0 is one: the result is the same to the last bit, and a runtime that
-    does not see through the clip would leave the whole layer in float.
+    ReLU before unsigned integers with zero point 0 is one: the result is the same to the last bit. A runtime that does
+    not see through the clip would leave the whole layer in float.
     """
     for name, root in placement.tensors.items():
         node = nodes[name]
         bounds = clip_of(node)
         if bounds is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
             continue
-        # What lies beyond a bound rounds as the bound does, where that is the end of the grid already.
-        if quantize(torch.tensor(bounds), qparams[root], numbers).tolist() == [numbers.low, numbers.high]:
+        scale, zero_point = qparams[root].scale.item(), qparams[root].zero_point.item()
+        lowest, highest = ((end - zero_point) * scale for end in (numbers.low, numbers.high))
+        # An end of the grid no further than half a quantum beyond a bound is as near to it as rounding gets.
+        slack = 0.501 * scale
+        if lowest >= bounds[0] - slack and highest <= bounds[1] + slack:
             node.replace_all_uses_with(node.args[0])
 
 
