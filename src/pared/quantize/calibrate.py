@@ -22,6 +22,7 @@ class Watcher(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, observers: Mapping[str, Any]) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # of PyTorch's, in the text of our errors
         self.observers = observers
         # Keyword arguments come in the order of the example inputs, which need not be that of every batch.
         self.keywords: list[str] = graph._in_spec.child(1).context

@@ -91,8 +91,6 @@ def emit_weights(graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Map
         bias = tensor_of(graph, node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
         x_scale = inputs[behind(x_node).name].scale
         axis = 1 if operator(node) in TRANSPOSED else 0
-        if not bool(torch.isfinite(weight).all()):
-            raise QuantizeError(f"{anchor.module}: its weight holds NaN or infinity")
         scale = choose_qparams(weight, numbers, symmetric=True, axis=axis).scale.flatten()
         with graph.graph.inserting_before(node):
             if bias is not None and scale.numel() == bias.numel():

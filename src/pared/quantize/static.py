@@ -6,9 +6,10 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
+import torch
 from torch import Tensor, fx, nn
 
-from pared.errors import PlanError
+from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
 from pared.quantize.calibrate import calibrate, first_samples
 from pared.quantize.emission import emit
@@ -102,6 +103,7 @@ class QuantizeStatic:
         if not isinstance(graph, fx.GraphModule):
             raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
         idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
+        check_finite(graph)
         own_tensors(graph)
         folded = fold_batch_norms(graph)
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
@@ -129,6 +131,13 @@ def is_quantized(model: nn.Module) -> bool:
     """True for a program that holds quantize operators already."""
     nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
     return any(operator(node).startswith("quantized_decomposed.") for node in nodes)
+
+
+def check_finite(graph: fx.GraphModule) -> None:
+    """Raise `ModelError` for a parameter with NaN or infinity: no range could hold what comes of it."""
+    for name, tensor in graph.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"the parameter {name} holds NaN or infinity; load or train the weights again")
 
 
 def own_tensors(graph: fx.GraphModule) -> None:
