@@ -80,6 +80,7 @@ def calibrate(
             progress("calibrate", samples, 0, f"{samples} samples")
     if not varied and samples > 1:
         raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
+    progress("calibrate", samples, samples, f"{samples} samples")
     return samples
 
 
