@@ -1,0 +1,118 @@
+"""The table of the contract suite: a new step joins by one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared.step import Context, Need, settings
+from pared.task import Batch, Inputs, Task
+from pared.train.callbacks import Callback
+from pared.train.schedules import Constant
+from zoo_models import OUTPUT, make
+
+CLASSES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step, and for each of its settings another value that must change what comes out.
+
+    Attributes:
+        step: The step, quick.
+        others: {setting: value}, or {setting: (step to start from, value)} where it matters only beside other settings.
+        candidates: Modules that the step must list as changed or skipped.
+        on: The model pattern on which settings are tried.
+    """
+
+    step: Any
+    others: Mapping[str, Any]
+    candidates: Callable[[nn.Module], list[str]] = lambda model: []
+    on: str = "conv_bn_relu"
+
+    @property
+    def name(self) -> str:
+        return type(self.step).__name__
+
+
+@settings
+class Halved:
+    """A technique that runs while training: it halves the loss."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def callback(self, ctx: Context) -> Callback:
+        return HalvedCallback()
+
+
+class HalvedCallback(Callback):
+    def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
+        return current / 2
+
+
+def weighted(model: nn.Module) -> list[str]:
+    """Layers with a weight that integer arithmetic could take."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.LSTM, nn.Embedding)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+CASES = [
+    Case(
+        pared.Train(epochs=1, lr=0.05),
+        {
+            "epochs": 2,
+            "lr": 0.1,
+            "optimizer": "adamw",
+            "schedule": Constant(),
+            "patience": (pared.Train(epochs=4, lr=5.0), 1),
+            "during": [Halved()],
+        },
+    ),
+    Case(
+        pared.QuantizeStatic(),
+        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3},
+        candidates=weighted,
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+def batch_of(example: Inputs, size: int, seed: int) -> Inputs:
+    """Random inputs in the form of the example's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(value: Tensor) -> Tensor:
+        return torch.randn(size, *value.shape[1:], generator=generator, dtype=value.dtype)
+
+    return Inputs(tuple(map(like, example.args)), {name: like(value) for name, value in example.kwargs.items()})
+
+
+def labelled(example: Inputs, size: int, seed: int) -> tuple[Any, Tensor]:
+    inputs = batch_of(example, size, seed)
+    labels = torch.randint(0, CLASSES, (size,), generator=torch.Generator().manual_seed(seed))
+    return (inputs.kwargs or inputs.args), labels
+
+
+def model_and_task(pattern: str) -> tuple[nn.Module, Task]:
+    """A fresh model of the zoo, and a task for it with data for every need: the same at every call."""
+    model, example = make(pattern)
+    data = [labelled(example, 8, seed) for seed in range(3)]
+    task = Task(
+        example_inputs=example,
+        calibration=data[:2],
+        train=data[:2],
+        validation=data[2:],
+        loss=nn.CrossEntropyLoss(),
+        metrics=accuracy,
+        output=OUTPUT.get(pattern),
+    )
+    return model, task
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) == target).float().mean()
