@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class OnnxRuntime:
         proto = exported.model_proto
         strip(proto)
         protect(proto.graph)
+        name_dimensions(proto.graph, task)
         try:
             onnx.checker.check_model(proto, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -142,6 +144,20 @@ def strip(proto: Any) -> None:
         if graph is not proto.graph:
             for holder in (*graph.input, *graph.output, *graph.initializer):
                 holder.name = shorten(holder.name)
+
+
+def name_dimensions(graph: Any, task: Task) -> None:
+    """Call free dimensions what the task calls them, where PyTorch has symbols such as s38."""
+    keys = list(task.example_inputs.tensors)
+    names = {}
+    for index, value in enumerate(graph.input):
+        key = value.name if value.name in keys else keys[index]
+        for axis, name in {0: "batch", **task.dynamic_of(key)}.items():
+            names[value.type.tensor_type.shape.dim[axis].dim_param] = name
+    for value in (*graph.input, *graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param)
 
 
 def protect(graph: Any) -> None:
