@@ -69,13 +69,15 @@ bench: $(VENV)/bench.stamp $(VENV)/torchvision.stamp
 	@$(BIN)/python benchmarks/$(NAME).py
 
 # A clean environment with every extra that CI or bench installs, frozen; torch and torchvision stay as they are.
-constraints:
-	@rm -rf $(VENV)-new && $(PYTHON) -m venv $(VENV)-new
-	@$(VENV)-new/bin/python -m pip install --quiet hatchling editables
-	@$(VENV)-new/bin/python -m pip install --quiet --no-build-isolation \
+constraints: $(VENV)/python.stamp
+	@rm -rf $(VENV)/new && $(PYTHON) -m venv $(VENV)/new
+	@$(VENV)/new/bin/python -m pip install --quiet hatchling editables
+	@$(VENV)/new/bin/python -m pip install --quiet --no-build-isolation \
 	  $$(grep -E '^torch==' constraints.txt) -e '.[dev,docs,bench]'
-	@{ sed -n '/^#/p; /^torchvision==/p' constraints.txt; $(VENV)-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > $(VENV)-new/frozen
-	@mv $(VENV)-new/frozen constraints.txt && rm -rf $(VENV)-new
+	@$(VENV)/new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(VENV)/new/frozen
+	@grep '^torchvision==' constraints.txt >> $(VENV)/new/frozen
+	@{ grep '^#' constraints.txt; LC_ALL=C sort -f $(VENV)/new/frozen; } > $(VENV)/new/constraints.txt
+	@mv $(VENV)/new/constraints.txt constraints.txt && rm -rf $(VENV)/new
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from pared.cli import main
+from pared.measure import latency
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,6 +45,9 @@ def test_page_examples_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # Examples are run to see that they are true, not for their figures.
+    monkeypatch.setattr(latency, "SITTINGS", 2)
+    monkeypatch.setattr(latency, "SECONDS_PER_FILE", 0.3)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, (language, title, text) in enumerate(examples(page), 1):
         if title:
