@@ -120,6 +120,7 @@ class Run:
     def baseline(self) -> Stage:
         """The model as it came in, exported."""
         self.progress("stages", 0, 0, "baseline")
+        self.task.example_inputs.arrays()  # a dtype that files do not take is told at once
         file = self.space.stage(self.key) / self.target.filename
         self.counts(self.model)  # captures the model first: what cannot be exported says so, with the line of its code
         stage = Stage(
