@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from pared.errors import DataError, ModelError, PlanError, TrainError, UsageError
 from pared.metrics import MeanOf, Metric, check_labels
+from pared.seeding import isolated, seed_all
 from pared.step import Progress, silent
 from pared.task import Batch, Inputs, Task, call, evaluate
 from pared.train.callbacks import Callback
 from pared.train.checkpoint import Checkpoint, restore, snapshot
 from pared.train.optimizers import SGD, AdamW
 from pared.train.schedules import Constant, Cosine, StepDecay
-from pared.seeding import isolated, seed_all
 
 
 def fit(

@@ -10,13 +10,13 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from pared.errors import PlanError, UsageError
+from pared.seeding import isolated, seed_all
 from pared.step import Context, Need, Plan, Skip, settings, settings_of
 from pared.train.callbacks import During, KeepZeros
 from pared.train.checkpoint import fingerprint
 from pared.train.loop import fit
 from pared.train.optimizers import SGD, Optimizer
 from pared.train.schedules import Cosine, Schedule
-from pared.seeding import isolated, seed_all
 
 
 def is_during(value: Any) -> During:
