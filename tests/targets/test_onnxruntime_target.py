@@ -88,7 +88,7 @@ def optimized(file: Path) -> onnx.ModelProto:
 def export(model: nn.Module, inputs: Inputs, name: str, step: QuantizeStatic | None = None) -> Exported:
     torch.manual_seed(0)
     step = step or QuantizeStatic()
-    task = Task(example_inputs=inputs, calibration=[like(inputs, 8)])
+    task = Task(example_inputs=inputs, calibration=[like(inputs, 64)])
     context = Context(task=task, target=TARGET, work=folder(), dense=model)
     plan = step.plan(model, context)
     program = step.apply(model, plan, context)
