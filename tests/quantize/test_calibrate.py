@@ -117,9 +117,7 @@ def test_calibrate_binds_inputs_by_name_when_batches_order_them_otherwise() -> N
         for item in ({"query": query, "key": key}, {"key": key, "query": query}):
             given = item if isinstance(example, dict) else (query, key)
             calibrate(graph, {last(graph): found}, as_batches(given))
-        for output in found.seen:
-            torch.testing.assert_close(output, expected)
-        assert len(found.seen) == 2
+        torch.testing.assert_close(torch.cat(found.seen), torch.cat([expected, expected]))
 
 
 def test_calibrate_takes_dynamic_lengths() -> None:
@@ -159,7 +157,8 @@ def test_first_samples_reads_no_further_than_it_must() -> None:
 def test_chunks_cut_every_input_alike() -> None:
     inputs = as_inputs({"a": torch.arange(40).reshape(40, 1), "b": torch.arange(40)})
     parts = list(chunks(inputs))
-    assert [part.size for part in parts] == [16, 16, 8]
+    assert [part.size for part in parts[:-1]] == [CHUNK] * (len(parts) - 1)
+    assert 0 < parts[-1].size <= CHUNK
     for part in parts:
         assert torch.equal(part.kwargs["a"][:, 0], part.kwargs["b"])
     assert torch.equal(torch.cat([part.kwargs["b"] for part in parts]), inputs.kwargs["b"])

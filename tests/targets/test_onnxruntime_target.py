@@ -303,7 +303,7 @@ def test_protect_changes_nothing_when_all_layers_are_in_integers_or_all_in_float
         assert not any(node.op_type == "Max" for node in graph.node)
 
 
-TRACES = [rb"site-packages", rb"stack_trace", rb'File "', rb"\.py", rb"/home/", rb"/work", rb"/tmp", rb"pkg\.torch"]
+TRACES = [rb"site-packages", rb"stack_trace", rb'File "', rb"\.py", rb"/home/", rb"pkg\.torch"]
 
 
 @pytest.mark.parametrize("name", zoo_names(COVERING))
@@ -311,7 +311,8 @@ def test_export_carries_no_path_and_no_source(name: str) -> None:
     made = zoo(name)
     for file in (made.float_file, made.file):
         content = file.read_bytes()
-        for trace in [*TRACES, Path(__file__).stem.encode(), b"zoo_models", str(Path.home()).encode()]:
+        places = [Path(__file__).stem, "zoo_models", str(Path.home()), str(Path.cwd()), tempfile.gettempdir()]
+        for trace in [*TRACES, *(re.escape(place).encode() for place in places)]:
             assert not re.search(trace, content), trace
         proto = onnx.load(file)
         assert (proto.producer_name, proto.doc_string, len(proto.metadata_props)) == ("pared", "", 0)
