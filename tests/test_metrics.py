@@ -149,3 +149,12 @@ def test_a_metric_of_ones_own_decides_like_any_other() -> None:
             return self.seen
 
     assert figure(Metric("count", True, lambda _: Count())) == 6
+
+
+def test_accuracy_says_what_to_do_when_torchvision_does_not_fit_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("pared.metrics.importlib.import_module", broken)
+    with pytest.raises(UsageError, match=r"torchvision::nms does not exist.*install a torchvision that fits"):
+        resolve_metrics("accuracy")[0].make(torch.zeros(1, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,29 +106,35 @@ class MeanOf:
         return self.total / self.count
 
 
-def accuracy(output: Tensor) -> Any:
-    from torchmetrics.classification import MulticlassAccuracy
+def torchmetrics(part: str) -> Any:
+    """A part of torchmetrics, imported late for it is slow. Raises: UsageError where it cannot be."""
+    try:
+        return importlib.import_module(f"torchmetrics.{part}")
+    except RuntimeError as error:
+        # It imports any torchvision it finds, and one that was built for another torch fails like this.
+        raise UsageError(
+            f"torchmetrics cannot be imported ({str(error).splitlines()[0]}); "
+            "install a torchvision that fits your torch, or uninstall it"
+        ) from None
 
-    return MulticlassAccuracy(num_classes=output.shape[1], average="micro", validate_args=False)
+
+def accuracy(output: Tensor) -> Any:
+    kind = torchmetrics("classification").MulticlassAccuracy
+    return kind(num_classes=output.shape[1], average="micro", validate_args=False)
 
 
 def top5(output: Tensor) -> Any:
-    from torchmetrics.classification import MulticlassAccuracy
-
-    classes = output.shape[1]
-    return MulticlassAccuracy(num_classes=classes, average="micro", top_k=min(5, classes), validate_args=False)
+    kind, classes = torchmetrics("classification").MulticlassAccuracy, output.shape[1]
+    return kind(num_classes=classes, average="micro", top_k=min(5, classes), validate_args=False)
 
 
 def f1(output: Tensor) -> Any:
-    from torchmetrics.classification import MulticlassF1Score
-
-    return MulticlassF1Score(num_classes=output.shape[1], average="macro", validate_args=False)
+    kind = torchmetrics("classification").MulticlassF1Score
+    return kind(num_classes=output.shape[1], average="macro", validate_args=False)
 
 
 def mse(_output: Tensor) -> Any:
-    from torchmetrics.regression import MeanSquaredError
-
-    return MeanSquaredError()
+    return torchmetrics("regression").MeanSquaredError()
 
 
 METRICS = {

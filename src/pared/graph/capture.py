@@ -155,22 +155,3 @@ def owner(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
     return re.sub(r"@\d+$", "", path)
-
-
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """For every alias of a parameter or buffer, the first name it goes by.
-
-    `torch.export` names a shared tensor by any of its aliases; `named_modules()` by the first.
-    """
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for kind in (model.named_parameters, model.named_buffers):
-        for name, tensor in kind(remove_duplicate=False):
-            names[name] = first.setdefault(id(tensor), name)
-    return names
-
-
-def parameter_names(program: ExportedProgram) -> dict[str, str]:
-    """Name of the parameter or buffer behind each placeholder of a captured graph."""
-    signature = program.graph_signature
-    return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
