@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,15 +19,17 @@ from pared.task import Batch, Inputs
 
 # Samples that go through the graph at once: activations of larger batches leave the cache, which doubled the time.
 CHUNK = 4
+WORKERS = 8  # at most: each holds the activations of a chunk
 
 
 class Watcher(fx.Interpreter):
-    """Runs a graph and shows chosen values to their observers."""
+    """Runs a graph and shows chosen values to their observers, one at a time."""
 
-    def __init__(self, graph: fx.GraphModule, observers: Mapping[str, Any]) -> None:
+    def __init__(self, graph: fx.GraphModule, observers: Mapping[str, Any], lock: threading.Lock) -> None:
         super().__init__(graph)
         self.extra_traceback = False  # of PyTorch's, in the text of our errors
         self.observers = observers
+        self.lock = lock
         # Keyword arguments come in the order of the example inputs, which need not be that of every batch.
         self.keywords: list[str] = graph._in_spec.child(1).context
 
@@ -36,7 +42,8 @@ class Watcher(fx.Interpreter):
         observer = self.observers.get(n.name)
         if observer is not None:
             try:
-                observer.update(value)
+                with self.lock:
+                    observer.update(value)
             except DataError as error:
                 raise QuantizeError(
                     f"{owner(n) or '(root)'} ({n.name}): {error}; look at the layer before it, or at the data"
@@ -51,7 +58,7 @@ def calibrate(
 
     Args:
         graph: Its nodes' names are the observers' keys.
-        observers: Objects with `update(tensor)`.
+        observers: Objects with `update(tensor)`, to which the order of the samples makes no difference.
         batches: Calibration data, of any batch sizes.
 
     Returns:
@@ -61,18 +68,18 @@ def calibrate(
         DataError: No data, or all samples identical.
         QuantizeError: An activation is not finite; names the node and the batch.
     """
-    watcher = Watcher(graph, observers)
+    show = functools.partial(show_chunk, graph, observers, threading.Lock())
     samples = 0
     first: dict[str, torch.Tensor] = {}
     varied = False
-    with torch.no_grad():
+    with one_core_each() as pool:
         for index, batch in enumerate(batches):
-            for inputs in chunks(batch.inputs):
-                try:
-                    watcher.show(inputs)
-                except QuantizeError as error:
-                    error.add_note(f"while calibrating on batch {index}")
-                    raise
+            try:
+                for _ in pool.map(show, chunks(batch.inputs)):
+                    pass
+            except QuantizeError as error:
+                error.add_note(f"while calibrating on batch {index}")
+                raise
             tensors = batch.inputs.tensors
             first = first or {name: tensor[:1] for name, tensor in tensors.items()}
             varied = varied or any(not repeats(tensor, first[name]) for name, tensor in tensors.items())
@@ -82,6 +89,29 @@ def calibrate(
         raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
     progress("calibrate", samples, samples, f"{samples} samples")
     return samples
+
+
+def show_chunk(graph: fx.GraphModule, observers: Mapping[str, Any], lock: threading.Lock, inputs: Inputs) -> None:
+    """Run a graph on some samples, for its observers."""
+    with torch.no_grad():  # a thread has its own
+        Watcher(graph, observers, lock).show(inputs)
+
+
+@contextlib.contextmanager
+def one_core_each() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch may use, and PyTorch on one core in each.
+
+    Threads that share one operator wait for the slowest at its end, spinning: beside a busy process, that made
+    calibration seven times slower. Samples need not wait for one another, and their results do not depend on how many
+    threads there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, WORKERS)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def repeats(tensor: torch.Tensor, sample: torch.Tensor) -> bool:
