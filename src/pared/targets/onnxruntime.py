@@ -106,7 +106,7 @@ class OnnxRuntime:
 
 
 def strip(proto: Any) -> None:
-    """Take the exporter's notes and long names out of a model.
+    """Take the exporter's notes, long names and what goes without saying out of a model.
 
     The notes hold paths and lines of the user's source. Shapes of inner values can be inferred, and names of inner
     values say nothing: together they are a good part of a small file.
@@ -114,6 +114,7 @@ def strip(proto: Any) -> None:
     import onnx
 
     proto.producer_name, proto.producer_version = "pared", ""
+    opset = next(item.version for item in proto.opset_import if item.domain == "")
     proto.ClearField("doc_string")
     proto.ClearField("metadata_props")
     tensors = proto.graph.initializer
@@ -140,6 +141,8 @@ def strip(proto: Any) -> None:
                 values[:] = map(shorten, values)
             for attribute in node.attribute:
                 attribute.ClearField("doc_string")
+            drop_defaults(node, opset)
+            for attribute in node.attribute:
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
         if graph is not proto.graph:
             for holder in (*graph.input, *graph.output, *graph.initializer):
@@ -158,6 +161,18 @@ def name_dimensions(graph: Any, task: Task) -> None:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param)
+
+
+def drop_defaults(node: Any, opset: int) -> None:
+    """Take out the attributes of an operator of ONNX itself that have the value they have by default."""
+    import onnx
+
+    if node.domain:
+        return
+    defaults = onnx.defs.get_schema(node.op_type, opset).attributes
+    kept = [item for item in node.attribute if item.name not in defaults or item != defaults[item.name].default_value]
+    del node.attribute[:]
+    node.attribute.extend(kept)
 
 
 def protect(graph: Any) -> None:
