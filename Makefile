@@ -14,7 +14,7 @@ help:
 	@echo 'make check          lint, types, import contract, limits'
 	@echo 'make contract       every step over every model pattern and setting'
 	@echo 'make docs           build the documentation into site/'
-	@echo 'make bench NAME=x   repeat benchmarks/x.py and rewrite its JSON'
+	@echo 'make bench NAME=x [ARGS=...]   repeat benchmarks/x.py and rewrite its JSON'
 	@echo 'make setup          only make .venv, with everything that the above needs but the rivals of bench'
 
 $(VENV)/python.stamp:
@@ -66,7 +66,7 @@ docs: $(VENV)/docs.stamp
 
 bench: $(VENV)/bench.stamp $(VENV)/torchvision.stamp
 	@test -n '$(NAME)' || { echo 'say which: make bench NAME=..., one of' $(basename $(notdir $(wildcard benchmarks/*.py))) >&2; exit 2; }
-	@$(BIN)/python benchmarks/$(NAME).py
+	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 # A clean environment with every extra that CI or bench installs, frozen; torch and torchvision stay as they are.
 constraints: $(VENV)/python.stamp
