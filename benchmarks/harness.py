@@ -19,7 +19,7 @@ class Results:
 
     Args:
         name: The subject.
-        fresh: Forget the rows of an earlier run; else they are kept, and `done` tells which there are.
+        fresh: Forget the rows of an earlier run; else those of a run that did not end are kept, and `done` tells which.
         folder: Where the JSON goes.
     """
 
@@ -29,7 +29,10 @@ class Results:
         self.claims: list[dict[str, Any]] = []
         self.environment = environment(0)
         if self.path.exists() and not fresh:
-            self.rows = json.loads(self.path.read_text(encoding="utf8"))["rows"]
+            earlier = json.loads(self.path.read_text(encoding="utf8"))
+            # A claim is made at the end: a run that made one has ended, and is repeated whole.
+            unfinished = not earlier["claims"] and self.environment.items() <= earlier["environment"].items()
+            self.rows = earlier["rows"] if unfinished else []
 
     def done(self, **key: Any) -> dict[str, Any] | None:
         """The row with these entries, where an earlier run has measured it."""
