@@ -32,6 +32,7 @@ WRITTEN_AS_THEY_ARE = frozenset(
         "aten.max_pool2d.default",
         "aten.mean.dim",
         "aten.mul.Tensor",
+        "aten.pad.default",
         "aten.permute.default",
         "aten.relu.default",
         "aten.relu6.default",
