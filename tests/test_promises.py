@@ -73,6 +73,7 @@ def test_the_ledger_states_what_the_shipped_file_does_when_a_model_is_quantized(
     baseline, quantized = artifact.report.stages
     final = artifact.report.final
     assert final is not None and final.stage == "1 QuantizeStatic"
+    assert artifact.report.environment["session"]["allow_spinning"] == "no"
     assert quantized.kept and set(quantized.changed) == {"body.0", "body.2", "body.4", "head"}
     assert quantized.speedup is not None and quantized.speedup.verdict == "faster"
     assert 1 < quantized.speedup.low <= quantized.speedup.value <= quantized.speedup.high

@@ -132,6 +132,10 @@ class Session(Protocol):
 
     @property
     def inputs(self) -> Sequence[InputSpec]: ...
+    @property
+    def options(self) -> Mapping[str, str]:
+        """Version of the runtime and how it was set up, for the report."""
+
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """All outputs for the given inputs, both in the file's order."""
 
@@ -152,9 +156,6 @@ class Target(Protocol):
 
     def open(self, path: Path, *, threads: int) -> Session:
         """The file, ready to run. Raises: TargetError."""
-
-    def environment(self) -> dict[str, str]:
-        """Versions and session options, for the report."""
 
 
 class Progress(Protocol):

@@ -432,7 +432,3 @@ def test_export_says_so_when_an_operator_has_no_onnx_form(tmp_path: Path) -> Non
     with pytest.raises(TargetError, match="onnxruntime: the model cannot be written as ONNX"):
         TARGET.export(Odd(), Task(example_inputs=torch.randn(2, 3, 3)), tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
-
-
-def test_environment_names_the_version() -> None:
-    assert TARGET.environment()["onnxruntime"] == onnxruntime.__version__

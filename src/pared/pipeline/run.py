@@ -269,6 +269,7 @@ class Run:
         """Read `test` once, write the report and the artifact, and swap it in."""
         seed_all(self.task, self.seed, 0)
         files = [baseline.file, shipped.file]
+        session = self.target.open(shipped.file, threads=self.threads)
         (before, after), test = test_metrics(files, shipped.output, self.task, self.target, self.threads)
         kept = [row for row in self.rows if row.kept]
         figures = {field.name: getattr(kept[-1], field.name) for field in dataclasses.fields(report.Figures)}
@@ -279,7 +280,7 @@ class Run:
             baseline_size_bytes=baseline.facts["size_bytes"],
         )
         ledger = report.Report(
-            environment=environment(self.seed) | {"target": self.target.environment()},
+            environment=environment(self.seed) | {"session": dict(session.options)},
             timing=report.Timing(batch_size=self.timing.batch_size, threads=self.threads, host=environment(0)["cpu"]),
             target=self.target.name,
             task={

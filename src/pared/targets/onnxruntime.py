@@ -98,12 +98,6 @@ class OnnxRuntime:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
 
-    def environment(self) -> dict[str, str]:
-        """Version of the runtime."""
-        import onnxruntime
-
-        return {"onnxruntime": onnxruntime.__version__, "provider": "CPUExecutionProvider"}
-
 
 def strip(proto: Any) -> None:
     """Take the exporter's notes, long names and what goes without saying out of a model.
