@@ -69,7 +69,7 @@ def can_saturate(weight: np.ndarray, groups: int = 1) -> bool:
     """True where some unsigned activations would make a pair of an integer layer's products saturate.
 
     Example:
-        >>> can_saturate(np.array([[64, 64]])), can_saturate(np.array([[127, 2]])), can_saturate(np.array([[127, -127]]))
-        (False, True, False)
+        >>> [can_saturate(np.array([pair])) for pair in ([64, 64], [127, 2], [127, -127])]
+        [False, True, False]
     """
     return not is_depthwise(weight, groups) and bool((TOP * reach(weight) > HIGHEST).any())

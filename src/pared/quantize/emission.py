@@ -27,13 +27,14 @@ from pared.quantize.affine import (
 )
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
 from pared.quantize.placement import Anchor, Placement, behind, clip_of
-from pared.step import Scheme
+from pared.quantize.saturation import safe_scale
+from pared.step import Saturating, Scheme
 
 OPERATORS = torch.ops.quantized_decomposed
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Scheme) -> None:
+def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Scheme, *, any_cpu: bool = False) -> None:
     """Write the quantization into the graph, in place.
 
     Args:
@@ -41,6 +42,7 @@ def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Sc
         placement: What becomes integers.
         ranges: Lowest and highest value of each root tensor in `placement.tensors`.
         scheme: The runtime's rules.
+        any_cpu: Keep weights so small that their products saturate on no processor.
 
     Raises:
         QuantizeError: A range is missing: the plan belongs to another model or version.
@@ -53,7 +55,8 @@ def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Sc
             raise QuantizeError(f"the plan has no range for {root}; it belongs to another model or version: plan again")
         low, high = (torch.tensor(end) for end in ranges[root])
         qparams[root] = qparams_of_range(low, high, numbers, symmetric=scheme.activation_symmetric)
-    emit_weights(graph, placement.anchors, {name: qparams[root] for name, root in placement.tensors.items()})
+    inputs = {name: qparams[root] for name, root in placement.tensors.items()}
+    emit_weights(graph, placement.anchors, inputs, scheme.saturating if any_cpu else "no")
     for name, root in placement.tensors.items():
         emit_activation(graph, nodes[name], qparams[root], numbers)
     drop_implied_clips(nodes, placement, qparams, numbers, scheme)
@@ -77,7 +80,9 @@ def emit_activation(graph: fx.GraphModule, node: fx.Node, qparams: QParams, numb
         user.replace_input_with(node, d)
 
 
-def emit_weights(graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Mapping[str, QParams]) -> None:
+def emit_weights(
+    graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Mapping[str, QParams], saturating: Saturating
+) -> None:
     """Store each anchor's weight as int8 and its bias as int32; layers that share a tensor go on sharing it."""
     numbers = grid(bits=8, signed=True, symmetric=True)
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -92,6 +97,8 @@ def emit_weights(graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Map
         x_scale = inputs[behind(x_node).name].scale
         axis = 1 if operator(node) in TRANSPOSED else 0
         scale = choose_qparams(weight, numbers, symmetric=True, axis=axis).scale.flatten()
+        if saturating != "no":
+            scale = torch.maximum(scale, safe_scale(weight, node, any_pair=saturating == "any"))
         with graph.graph.inserting_before(node):
             if bias is not None and scale.numel() == bias.numel():
                 scale = fit_bias(scale, bias, x_scale)

@@ -104,12 +104,10 @@ class IntegerLayer:
 
 def padding_of(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
     """Elements to add before and after each dimension, the last dimension first, as `F.pad` takes them."""
-    if padding == "valid":
-        return [0] * 2 * len(kernel)
-    if padding == "same":
-        totals = [(width - 1) * gap for width, gap in zip(kernel, dilation, strict=True)]
+    if isinstance(padding, str):
+        totals = [(width - 1) * gap if padding == "same" else 0 for width, gap in zip(kernel, dilation, strict=True)]
         return [end for total in reversed(totals) for end in (total // 2, total - total // 2)]
-    return [end for size in reversed(padding) for end in (int(size), int(size))]
+    return [end for size in reversed(padding) for end in (size, size)]
 
 
 def integer_layers(graph: fx.GraphModule) -> dict[fx.Node, IntegerLayer]:
@@ -188,7 +186,7 @@ class Emulation(fx.Interpreter):
             return self.run(*inputs.args, *(inputs.kwargs[name] for name in self.keywords))
 
     def run_node(self, n: fx.Node) -> Any:
-        """One operator: integer layers, integer additions and roundings in the runtime's way, the others in PyTorch's."""
+        """One operator: integer layers, additions and roundings in the runtime's way, the others in PyTorch's."""
         own = self.way(n)
         if own is None:
             return super().run_node(n)

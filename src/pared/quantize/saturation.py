@@ -6,16 +6,18 @@ runs a whole emitted program as ONNX Runtime's kernels would.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from pared.measure.saturation import HIGHEST, LOWEST, is_depthwise, neighbours
+from pared.graph.capture import operator
+from pared.measure.saturation import HIGHEST, LOWEST, is_depthwise, neighbours, reach
+from pared.quantize.folding import CONVOLUTIONS, TRANSPOSED
 
+# Two weights of one sign that sum to 126 steps sum to 128 at most, whichever way each is rounded; 255 * 128 < 2^15.
+SAFE_STEPS = 126
 # A sum of so many products of a byte and a signed byte is below 2^24, so float32 holds it and all its parts exactly.
 EXACT = 512
 # Elements of an intermediate result: they stay in the cache.
@@ -62,7 +64,7 @@ def lost(weight: Tensor, columns: Tensor) -> Tensor:
     least = (pairs.clamp(max=0) * top).sum(-1)
     outs, places = ((most > HIGHEST) | (least < LOWEST)).nonzero(as_tuple=True)
     size = max(BLOCK // max(values.shape[1], 1), 1)
-    for out, place in zip(outs.split(size), places.split(size), strict=True):
+    for out, place in zip(torch.split(outs, size), torch.split(places, size), strict=True):
         chosen = pairs[out, place].unsqueeze(-1)
         sums = values.index_select(0, 2 * place).mul_(chosen[:, 0])
         sums.addcmul_(values.index_select(0, 2 * place + 1), chosen[:, 1])
@@ -131,3 +133,31 @@ def convolution_sums(
         if saturate:
             sums[-1] -= lost(own, columns)
     return torch.cat(sums).reshape(len(weight), len(x), *places).transpose(0, 1)
+
+
+def groups_of(layer: fx.Node) -> int:
+    """The groups of a convolution; 1 for a linear layer."""
+    groups = layer.args[6] if operator(layer) in CONVOLUTIONS and len(layer.args) > 6 else 1
+    return groups if isinstance(groups, int) else 1
+
+
+def safe_scale(weight: Tensor, layer: fx.Node, *, any_pair: bool) -> Tensor:
+    """The smallest scale of each channel with which no pair of its products can saturate.
+
+    Most channels lose little: their two largest neighbours of one sign are seldom twice their largest weight, which is
+    what weights of 7 bits would provide for.
+
+    Args:
+        weight: Real, as the layer holds it.
+        layer: For its groups: a depthwise layer needs none, where the order of the weights is known.
+        any_pair: As for `measure.saturation.reach`.
+
+    Returns:
+        float32 (channels,), 0 where every scale is safe.
+    """
+    if operator(layer) in TRANSPOSED:
+        weight, any_pair = weight.transpose(0, 1), True
+    values = weight.double().numpy()
+    if is_depthwise(values, groups_of(layer)) and not any_pair:
+        return torch.zeros(len(values))
+    return (torch.from_numpy(reach(values, any_pair=any_pair)) / SAFE_STEPS).float()

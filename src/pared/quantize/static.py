@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
+from pared.measure.processor import saturates_here
 from pared.quantize.calibrate import calibrate, first_samples
 from pared.quantize.emission import emit
 from pared.quantize.folding import fold_batch_norms
@@ -52,6 +53,13 @@ class QuantizeStatic:
     samples: Annotated[
         int | None, pydantic.Field(ge=1, description="Use at most this many calibration samples; null uses all.")
     ] = 512
+    cpu: Annotated[
+        Literal["here", "any"],
+        pydantic.Field(
+            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
+            " 8-bit products saturate on x86 without VNNI; here: that only if this processor is such a one."
+        ),
+    ] = "here"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -62,6 +70,7 @@ class QuantizeStatic:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
         graph, placement, folded = self.prepare(model, ctx)
         facts: dict[str, Any] = {"folded": folded, "tensors": dict(placement.tensors), "ranges": {}}
+        facts["any_cpu"] = self.must_suit_any_cpu(ctx)
         if not ctx.dry:
             roots = dict.fromkeys(placement.tensors.values())
             observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
@@ -90,8 +99,13 @@ class QuantizeStatic:
         owner, planned, *prepared = ctx.memo.pop("QuantizeStatic", (None, None))
         graph, placement = prepared if owner == self and planned is model else self.prepare(model, ctx)[:2]
         ranges = {name: (float(low), float(high)) for name, (low, high) in plan.facts["ranges"].items()}
-        emit(graph, placement, ranges, ctx.target.scheme)
+        emit(graph, placement, ranges, ctx.target.scheme, any_cpu=plan.facts["any_cpu"])
         return graph
+
+    def must_suit_any_cpu(self, ctx: Context) -> bool:
+        """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
+        # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
+        return ctx.target.scheme.saturating != "no" and (self.cpu == "any" or saturates_here() is not False)
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str]]:
         """The captured graph with batch norms folded, what becomes integers in it, and the names of those norms."""
