@@ -168,12 +168,16 @@ class Emulation(fx.Interpreter):
     Args:
         graph: The program, as `emission.emit` left it.
         saturate: True for a processor without VNNI.
+
+    Attributes:
+        macs: Integer multiplications done so far.
     """
 
     def __init__(self, graph: fx.GraphModule, *, saturate: bool) -> None:
         super().__init__(graph)
         self.extra_traceback = False  # of PyTorch's, in the text of our errors
         self.saturate = saturate
+        self.macs = 0
         self.layers = integer_layers(graph)
         targets = {node: only_target(node) for node in self.layers}
         self.targets = {node: target for node, target in targets.items() if target is not None}
@@ -211,7 +215,9 @@ class Emulation(fx.Interpreter):
         """A layer's result: in real numbers, or in steps of the output's scale where it is rounded next."""
         layer, target = self.layers[n], self.targets.get(n)
         scale = layer.unit if target is None else layer.unit / target.scale
-        return layer.sums(x, saturate=self.saturate).float() * layer.along(scale)
+        sums = layer.sums(x, saturate=self.saturate)
+        self.macs += sums.numel() * layer.weight[0].numel()
+        return sums.float() * layer.along(scale)
 
 
 def only_target(node: fx.Node) -> Affine | None:
