@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from pared.report.data import Report
 from pared.report.html import ledger_html, write_html
 from pared.step import Plan
 from pared.surgery import apply_edits
+from pared.targets.risk import warning
 from pared.targets.sessions import open_session, runtime
 from pared.task import Inputs, as_inputs
 
@@ -76,6 +78,8 @@ class Artifact:
         """
         if self.session is None:
             self.session = open_session(self.manifest["target"], self.file, threads=usable_cores())
+            if told := warning(self.file, self.manifest["target"]):
+                warnings.warn(told, stacklevel=2)
         names = [spec.name for spec in self.session.inputs]
         unknown = [name for name in kwargs if name not in names]
         if unknown:

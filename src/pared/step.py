@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 EditKind = Literal["slice", "replace", "set_attribute", "cast", "mask", "quantize"]
 Need = Literal["calibration", "train", "validation"]
+Saturating = Literal["no", "neighbours", "any"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,9 @@ class Scheme:
         joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
+        saturating: Whether two products of an unsigned activation and a signed weight are added in 16 bits on x86
+            without VNNI: "no"; of "neighbours", as `measure.saturation` orders them; or of "any" two weights of a
+            channel, where the order is not known.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -118,6 +122,7 @@ class Scheme:
     joining: frozenset[str]
     following: frozenset[str]
     absorbed: frozenset[str]
+    saturating: Saturating = "no"
 
 
 class InputSpec(Protocol):

@@ -104,6 +104,7 @@ def print_bench(rows: Sequence[BenchRow]) -> None:
         for row in rows
     ]
     say(table(cells, file="left", p50="right", p90="right", speed="left", verdict="left", size="right", memory="right"))
+    say(*(f"warning: {row.warning}" for row in rows if row.warning))
 
 
 def first_line(value: Any) -> str:

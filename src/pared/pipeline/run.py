@@ -217,6 +217,7 @@ class Run:
             peak_memory_bytes=peak_memory(commands[-1]),
             parity=stage.agreement("parity"),
             fidelity=stage.agreement("fidelity"),
+            without_vnni=stage.without_vnni,
         )
 
     def command(self, file: Path) -> list[str]:

@@ -14,19 +14,24 @@ from pared.measure.environment import usable_cores
 from pared.measure.latency import ROUNDS, percentiles, speedup, time_in_turn
 from pared.measure.memory import peak_memory
 from pared.report.data import Latency, Speedup
+from pared.targets.risk import warning
 from pared.targets.sessions import InputSpec, open_session, runtime
 from pared.targets.worker import worker_command, write_inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """What was measured on one file. `speedup` is against the first file, whose own is None."""
+    """What was measured on one file. `speedup` is against the first file, whose own is None.
+
+    `warning` says what is wrong with it on this processor, or nothing.
+    """
 
     file: Path
     latency_ms: Latency
     speedup: Speedup | None
     size_bytes: int
     peak_memory_bytes: int
+    warning: str = ""
 
 
 def bench(
@@ -76,6 +81,7 @@ def bench(
             speedup=speedup(turns[0], own, seed=seed) if index else None,
             size_bytes=size_of(path),
             peak_memory_bytes=peak,
+            warning=warning(path, target),
         )
         for index, (file, path, own, peak) in enumerate(zip(files, exported, turns, peaks, strict=True))
     ]

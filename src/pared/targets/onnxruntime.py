@@ -50,6 +50,7 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    saturating="neighbours",
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
