@@ -25,6 +25,7 @@ from pared.pipeline.workspace import write_json
 from pared.report.data import Agreement, Layer, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
+from pared.targets.sessions import size_of
 from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
@@ -160,7 +161,7 @@ def finish_stage(
     stage.facts |= {
         "fidelity": dataclasses.asdict(fidelity),
         "metrics": metrics,
-        "size_bytes": stage.file.stat().st_size,
+        "size_bytes": size_of(target.name, stage.file),
         "params": sum(parameter.numel() for parameter in parameters),
         "nonzero_params": nonzero_params(stage.floating),
     }
