@@ -109,6 +109,9 @@ class Scheme:
         joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
+        sharing: Joining operators that take and give integers of one scale and zero point alone.
+        bias_dtype: How biases are written: integers in units of input scale x weight scale, or as they are.
+        weight_zero_points: True where the runtime wants to see the zeros that symmetric weights have.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -118,6 +121,9 @@ class Scheme:
     joining: frozenset[str]
     following: frozenset[str]
     absorbed: frozenset[str]
+    sharing: frozenset[str] = frozenset()
+    bias_dtype: Literal["int32", "float32"] = "int32"
+    weight_zero_points: bool = False
 
 
 class InputSpec(Protocol):

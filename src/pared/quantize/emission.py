@@ -26,7 +26,7 @@ from pared.quantize.affine import (
     quantize_bias,
 )
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
-from pared.quantize.placement import Anchor, Placement, behind, clip_of
+from pared.quantize.placement import Anchor, Placement, activations, behind, clip_of, tensor_after
 from pared.step import Scheme
 
 OPERATORS = torch.ops.quantized_decomposed
@@ -48,12 +48,16 @@ def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Sc
     numbers = grid(bits=8, signed=scheme.activation_dtype == "int8", symmetric=scheme.activation_symmetric)
     nodes = {node.name: node for node in graph.graph.nodes}
     qparams = {}
+    missing = set(placement.tensors.values()) - set(ranges)
+    if missing:
+        found = sorted(missing)[0]
+        raise QuantizeError(f"the plan has no range for {found}; it belongs to another model or version: plan again")
+    widened = shared_ranges(nodes, placement, ranges, scheme)
     for root in set(placement.tensors.values()):
-        if root not in ranges:
-            raise QuantizeError(f"the plan has no range for {root}; it belongs to another model or version: plan again")
-        low, high = (torch.tensor(end) for end in ranges[root])
+        low, high = (torch.tensor(end) for end in widened[root])
         qparams[root] = qparams_of_range(low, high, numbers, symmetric=scheme.activation_symmetric)
-    emit_weights(graph, placement.anchors, {name: qparams[root] for name, root in placement.tensors.items()})
+    inputs = {name: qparams[root] for name, root in placement.tensors.items()}
+    emit_weights(graph, placement.anchors, inputs, scheme)
     for name, root in placement.tensors.items():
         emit_activation(graph, nodes[name], qparams[root], numbers)
     drop_implied_clips(nodes, placement, qparams, numbers, scheme)
@@ -62,6 +66,28 @@ def emit(graph: fx.GraphModule, placement: Placement, ranges: Ranges, scheme: Sc
     graph.recompile()
     graph.delete_all_unused_submodules()
     drop_unused_tensors(graph)
+
+
+def shared_ranges(
+    nodes: Mapping[str, fx.Node], placement: Placement, ranges: Ranges, scheme: Scheme
+) -> dict[str, tuple[float, float]]:
+    """Ranges, widened to one for the inputs and the output of each operator that needs the same integers on all sides.
+
+    Returns:
+        For each root tensor, the smallest range that holds those of all roots that it must agree with.
+    """
+    groups = {root: {root} for root in set(placement.tensors.values())}
+    for name in placement.joins:
+        if operator(nodes[name]) not in scheme.sharing:
+            continue
+        sides = [nodes[name], *(behind(arg) for arg in activations(nodes[name])), tensor_after(nodes[name], scheme)]
+        roots = {placement.tensors[side.name] for side in sides if side.name in placement.tensors}
+        merged = set().union(*(groups[root] for root in roots))
+        groups |= dict.fromkeys(merged, merged)
+    return {
+        root: (min(ranges[other][0] for other in group), max(ranges[other][1] for other in group))
+        for root, group in groups.items()
+    }
 
 
 def emit_activation(graph: fx.GraphModule, node: fx.Node, qparams: QParams, numbers: Grid) -> None:
@@ -77,8 +103,10 @@ def emit_activation(graph: fx.GraphModule, node: fx.Node, qparams: QParams, numb
         user.replace_input_with(node, d)
 
 
-def emit_weights(graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Mapping[str, QParams]) -> None:
-    """Store each anchor's weight as int8 and its bias as int32; layers that share a tensor go on sharing it."""
+def emit_weights(
+    graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Mapping[str, QParams], scheme: Scheme
+) -> None:
+    """Store each anchor's weight as int8 and its bias as the runtime wants it; layers that share a tensor go on so."""
     numbers = grid(bits=8, signed=True, symmetric=True)
     nodes = {node.name: node for node in graph.graph.nodes}
     stored: dict[tuple[Any, ...], fx.Node] = {}
@@ -93,22 +121,25 @@ def emit_weights(graph: fx.GraphModule, anchors: tuple[Anchor, ...], inputs: Map
         axis = 1 if operator(node) in TRANSPOSED else 0
         scale = choose_qparams(weight, numbers, symmetric=True, axis=axis).scale.flatten()
         with graph.graph.inserting_before(node):
-            if bias is not None and scale.numel() == bias.numel():
+            integer_bias = scheme.bias_dtype == "int32" and bias is not None and scale.numel() == bias.numel()
+            if bias is not None and integer_bias:
                 scale = fit_bias(scale, bias, x_scale)
             key = (weight_node.target, scale.numpy().tobytes())
             if key not in stored:
-                stored[key] = emit_weight(graph, node, weight, scale, axis, numbers)
+                # ONNX Runtime fuses a Gemm into integers only where the weight's zero point is written out.
+                zeros = scheme.weight_zero_points or operator(node) == "aten.linear"
+                stored[key] = emit_weight(graph, node, weight, scale, axis, numbers, zeros=zeros)
             dequantized = stored[key]
             args = [node.args[0], dequantized, *node.args[2:]]
-            if bias is not None and scale.numel() == bias.numel():
+            if bias is not None and integer_bias:
                 args[2] = emit_bias(graph, node.name, bias, x_scale, scale)
         node.args = tuple(args)
 
 
 def emit_weight(
-    graph: fx.GraphModule, layer: fx.Node, weight: Tensor, scale: Tensor, axis: int, numbers: Grid
+    graph: fx.GraphModule, layer: fx.Node, weight: Tensor, scale: Tensor, axis: int, numbers: Grid, *, zeros: bool
 ) -> fx.Node:
-    """Integer weight, its scales, and the operator that dequantizes it."""
+    """Integer weight, its scales, its zero points where `zeros`, and the operator that dequantizes it."""
     shape = [1] * weight.ndim
     shape[axis] = -1
     zero = torch.zeros((), dtype=torch.int32)
@@ -116,8 +147,7 @@ def emit_weight(
     weight_node = store(graph, f"{layer.name}_weight", values)
     scale_node = store(graph, f"{layer.name}_weight_scale", scale)
     zero_node = None
-    if operator(layer) == "aten.linear":
-        # ONNX Runtime fuses a Gemm into integers only where the weight's zero point is written out.
+    if zeros:
         zero_node = store(graph, f"{layer.name}_weight_zero_point", torch.zeros(len(scale), dtype=torch.int64))
     return graph.graph.call_function(
         OPERATORS.dequantize_per_channel.default,
