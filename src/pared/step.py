@@ -113,6 +113,9 @@ class Scheme:
         saturating: Whether two products of an unsigned activation and a signed weight are added in 16 bits on x86
             without VNNI: "no"; of "neighbours", as `measure.saturation` orders them; or of "any" two weights of a
             channel, where the order is not known.
+        sharing: Joining operators that take and give integers of one scale and zero point alone.
+        bias_dtype: How biases are written: integers in units of input scale x weight scale, or as they are.
+        weight_zero_points: True where the runtime wants to see the zeros that symmetric weights have.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -123,6 +126,9 @@ class Scheme:
     following: frozenset[str]
     absorbed: frozenset[str]
     saturating: Saturating = "no"
+    sharing: frozenset[str] = frozenset()
+    bias_dtype: Literal["int32", "float32"] = "int32"
+    weight_zero_points: bool = False
 
 
 class InputSpec(Protocol):

@@ -26,6 +26,7 @@ from pared.pipeline.workspace import write_json
 from pared.report.data import Agreement, Layer, WithoutVnni, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
+from pared.targets.sessions import size_of
 from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
@@ -169,7 +170,7 @@ def finish_stage(
         "without_vnni": emulate_without_vnni(stage.model, target, task, batches, judged) if stage.quantized else None,
         "fidelity": dataclasses.asdict(fidelity),
         "metrics": metrics,
-        "size_bytes": stage.file.stat().st_size,
+        "size_bytes": size_of(target.name, stage.file),
         "params": sum(parameter.numel() for parameter in parameters),
         "nonzero_params": nonzero_params(stage.floating),
     }
