@@ -92,7 +92,7 @@ def test_program_equals_integer_arithmetic_written_out() -> None:
     conv, linear = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
     data = [torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)]
-    program, _ = quantized(model, data)
+    program, _ = quantized(model, data, QuantizeStatic(repairs=(), cpu="vnni"))
     everything = torch.cat(data)
     hidden = torch.relu(conv(everything)).detach().numpy()
     x_scale, x_zero = affine(everything.min().item(), everything.max().item())
@@ -277,6 +277,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "include": {"include": ["0", "2"]},
     "exclude": {"exclude": ["4"]},
     "samples": {"samples": 2},
+    "bits": {"weights": {"bits": 5}},
+    "granularity": {"weights": {"granularity": "tensor"}},
+    "symmetric": {"weights": {"granularity": "tensor", "symmetric": False}},
+    "stochastic": {"weights": {"rounding": "stochastic"}},
+    "adaround": {"weights": {"rounding": "adaround"}},
+    "activation bits": {"activations": {"bits": 6}},
+    "activation symmetric": {"activations": {"symmetric": True}},
+    "no repairs": {"repairs": ()},
+    "full correction": {"repairs": [{"kind": "correct_bias", "method": "full"}]},
+    "equalize": {"repairs": ["equalize", "correct_bias"]},
 }
 
 
@@ -289,7 +299,21 @@ def test_step_has_no_dead_setting(name: str) -> None:
     assert not torch.equal(other(*data[0]), program(*data[0]))
 
 
-@pytest.mark.parametrize("wrong", [{"range": "minmax"}, {"ranges": "entropy"}, {"samples": 0}, {"include": 3}])
+WRONG: list[dict[str, Any]] = [
+    {"range": "minmax"},
+    {"ranges": "entropy"},
+    {"samples": 0},
+    {"include": 3},
+    {"weights": {"bits": 9}},
+    {"activations": {"bits": 1}},
+    {"weights": {"rounding": "up"}},
+    {"repairs": ["equalise"]},
+    {"repairs": ["equalize", "equalize"]},
+    {"cpu": "avx2"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_step_refuses_when_a_setting_is_wrong(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="QuantizeStatic"):
         QuantizeStatic(**wrong)
