@@ -75,7 +75,7 @@ CASES = [
     ),
     Case(
         pared.QuantizeStatic(),
-        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3},
+        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3, "cpu": "any"},
         candidates=weighted,
     ),
 ]

@@ -213,7 +213,9 @@ def test_step_says_so_when_a_pattern_has_nothing_for_it(name: str, pattern: str,
 
 
 @pytest.mark.parametrize(("case", "setting"), [(case, setting) for case in CASES for setting in case.others])
-def test_no_setting_is_dead(case: Case, setting: str, tmp_path: Path) -> None:
+def test_no_setting_is_dead(case: Case, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a processor with VNNI: where products saturate, "here" asks for what "any" asks for.
+    monkeypatch.setattr("pared.quantize.static.saturates_here", lambda: False)
     other = case.others[setting]
     step, value = other if isinstance(other, tuple) else (case.step, other)
     found = []

@@ -87,8 +87,9 @@ def weight_integers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scales.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int64), scales
 
 
-def test_program_equals_integer_arithmetic_written_out() -> None:
+def test_program_equals_integer_arithmetic_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolution, ReLU and a linear layer, in integers throughout, as a chip would run them."""
+    monkeypatch.setattr(static, "saturates_here", lambda: False)
     conv, linear = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
     data = [torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)]
@@ -367,3 +368,24 @@ def test_own_tensors_keeps_shared_tensors_shared() -> None:
     assert len({id(tensor) for tensor in graph.parameters()}) == before
     theirs = {tensor.data_ptr() for tensor in model.parameters()}
     assert not theirs & {tensor.data_ptr() for tensor in graph.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "here", "safe"), [("here", False, False), ("here", True, True), ("here", None, True), ("any", False, True)]
+)
+def test_weights_saturate_nowhere_when_the_processor_or_the_user_asks(
+    monkeypatch: pytest.MonkeyPatch, cpu: Any, here: bool | None, safe: bool
+) -> None:
+    monkeypatch.setattr(static, "saturates_here", lambda: here)
+    model, step = nn.Sequential(nn.Linear(32, 8)).eval(), QuantizeStatic(cpu=cpu)
+    ctx = context(model, [torch.randn(8, 32)])
+    plan = step.plan(model, ctx)
+    assert plan.facts["any_cpu"] is safe
+    # Another machine makes the same program of the plan.
+    monkeypatch.setattr(static, "saturates_here", lambda: not here)
+    ctx.memo.clear()
+    program = step.apply(model, plan, ctx)
+    weight = next(tensor for tensor in program.buffers() if tensor.dtype == torch.int8).int()
+    pairs = weight.reshape(8, 16, 2)
+    worst = torch.maximum(pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1)).max() * 255
+    assert bool(worst < 2**15) is safe
