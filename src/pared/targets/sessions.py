@@ -158,6 +158,13 @@ RUNTIMES: Mapping[str, Runtime] = {
         packages=("onnx", "onnxscript", "onnxruntime"),
         install="onnxruntime",
     ),
+    "executorch": Runtime(
+        about="A program for ExecuTorch with XNNPACK, for phones and small boards.",
+        session="pared.targets.executorch_session:ExecuTorchSession",
+        files=("model.pte", "model.json"),
+        packages=("executorch",),
+        install="pared[executorch]",
+    ),
 }
 
 
