@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TARGETS: Mapping[str, str] = {
     "onnxruntime": "pared.targets.onnxruntime:OnnxRuntime",
     "executorch": "pared.targets.executorch:ExecuTorch",
+    "tensorrt": "pared.targets.tensorrt:TensorRt",
 }
 
 

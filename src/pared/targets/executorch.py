@@ -80,6 +80,7 @@ class ExecuTorch:
         program = capture(model, task, limits=limits(task))
         notes = {"inputs": described(task), "outputs_have_batch": outputs_have_batch(program)}
         infer_batch(program)
+        part_readers(program)
         with hushed():
             try:
                 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -146,8 +147,29 @@ def infer_batch(program: ExportedProgram) -> None:
             continue
         sizes = [-1 if isinstance(size, torch.SymInt) else size for size in value.shape]
         if sizes.count(-1) == 1:
-            node.target, node.args, node.kwargs = torch.ops.aten.view.default, (node.args[0], sizes), {}
+            views = operator(node) in {"aten.view", "aten._unsafe_view"}
+            node.target = torch.ops.aten.view.default if views else torch.ops.aten.reshape.default
+            node.args, node.kwargs = (node.args[0], sizes), {}
     graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def part_readers(program: ExportedProgram) -> None:
+    """Give each reader of integers a dequantize operator of its own, in place.
+
+    Its operators are taken together with the conversions around them. One conversion that two operators share would
+    draw both into one delegate, also where the second needs the result of something in between: a cycle.
+    """
+    from pared.graph.capture import operator
+
+    graph = program.graph
+    for node in list(graph.nodes):
+        if not operator(node).startswith("quantized_decomposed.dequantize"):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_after(node):
+                copied = graph.node_copy(node)
+            user.replace_input_with(node, copied)
     program.graph_module.recompile()
 
 
