@@ -126,7 +126,9 @@ def described(task: Task) -> list[dict[str, Any]]:
 
 def outputs_have_batch(program: ExportedProgram) -> bool:
     """True where the first dimension of every output is the batch, so that parts of one can be put together."""
-    batch = next(node.meta["val"].shape[0] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    batch = next(
+        node.meta["val"].shape[0] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    )
     values = [arg.meta["val"] for arg in program.graph.output_node().args[0]]
     return all(value.ndim > 0 and str(value.shape[0]) == str(batch) for value in values)
 

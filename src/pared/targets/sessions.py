@@ -127,6 +127,7 @@ class Runtime:
         about: One line for `pared list targets`.
         session: The class that opens a file, as "module:Class"; called with the path and the number of threads.
         files: Names of an export's files inside an artifact; the first is the one that is opened.
+        optional: Names of further files, which not every export has.
         packages: Distributions that make and run the file: their versions are part of what a cached stage depends on.
         install: What to give to `pip install` where the runtime is missing.
         carries_code: True where opening a file runs code from it, so that it opens only with `trust=True`.
@@ -138,6 +139,7 @@ class Runtime:
     files: tuple[str, ...]
     packages: tuple[str, ...]
     install: str
+    optional: tuple[str, ...] = ()
     carries_code: bool = False
     here: str = ""
 
@@ -171,7 +173,8 @@ RUNTIMES: Mapping[str, Runtime] = {
     "tensorrt": Runtime(
         about="TensorRT-RTX engines for NVIDIA GPUs from Turing on, built without one.",
         session="pared.targets.tensorrt_session:TensorRtSession",
-        files=("model.engine", "model.sm75.engine", "model.json"),
+        files=("model.engine", "model.json"),
+        optional=("model.sm75.engine",),
         packages=("onnx", "onnxscript", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
         install="pared[tensorrt]",
         carries_code=True,
@@ -217,7 +220,7 @@ def files_of(target: str, path: Path) -> list[Path]:
     These lie beside it and begin with its stem, as `model.bin` beside `model.xml`. ONNX may keep tensors in a further
     file, NAME.data.
     """
-    first, *others = runtime(target).files
+    first, *others = *runtime(target).files, *runtime(target).optional
     names = [path.name, *(path.stem + name.removeprefix(Path(first).stem) for name in others), f"{path.name}.data"]
     return [file for file in map(path.with_name, names) if file.is_file()]
 

@@ -164,7 +164,9 @@ def build(proto: Any, architectures: Sequence[int], task: Task) -> Engine:
     largest = largest_sizes(task)
     for index, given in enumerate(proto.graph.input):
         sizes = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
-        least, typical = ([usual.get(size, size) for size in sizes] for usual in (dict.fromkeys(largest, 1), examples(task)))
+        least, typical = (
+            [usual.get(size, size) for size in sizes] for usual in (dict.fromkeys(largest, 1), examples(task))
+        )
         profile.set_shape(network.get_input(index).name, least, typical, [largest.get(size, size) for size in sizes])
     config.add_optimization_profile(profile)
     config.num_compute_capabilities = len(architectures)
@@ -173,7 +175,9 @@ def build(proto: Any, architectures: Sequence[int], task: Task) -> Engine:
     plan = builder.build_serialized_network(network, config)
     names = ", ".join(f"sm_{number}" for number in architectures)
     if plan is None:
-        raise TargetError(f"tensorrt: no engine for {names}: {log.errors[-1].strip() if log.errors else 'no reason given'}")
+        raise TargetError(
+            f"tensorrt: no engine for {names}: {log.errors[-1].strip() if log.errors else 'no reason given'}"
+        )
     return Engine(plan=bytes(plan), architectures=tuple(architectures), layers=tuple(layers_in(log.said)))
 
 

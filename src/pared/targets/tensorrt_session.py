@@ -62,12 +62,22 @@ class Cuda:
 
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copy an array to the GPU."""
-        self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
+        self.call(
+            "cuMemcpyHtoD_v2",
+            ctypes.c_uint64(address),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+        )
 
     def download(self, array: np.ndarray, address: int) -> None:
         """Copy from the GPU into an array, once all work is done."""
         self.call("cuCtxSynchronize")
-        self.call("cuMemcpyDtoH_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+        self.call(
+            "cuMemcpyDtoH_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(array.nbytes),
+        )
 
 
 class TensorRtSession:
@@ -88,9 +98,7 @@ class TensorRtSession:
             raise TargetError(f"tensorrt refuses {chosen.name} on a GPU of sm_{self.cuda.capability}")
         self.context = self.engine.create_execution_context()
         notes = json.loads(path.with_suffix(".json").read_text(encoding="utf8"))
-        self.inputs = tuple(
-            InputSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in notes["inputs"]
-        )
+        self.inputs = tuple(InputSpec(item["name"], tuple(item["shape"]), item["dtype"]) for item in notes["inputs"])
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.outputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         self.most = min(self.engine.get_tensor_profile_shape(item.name, 0)[2][0] for item in self.inputs)
