@@ -223,7 +223,9 @@ class Choice:
             return
         numbers = numbers_of(self.graph, self.placement, self.facts, self.formats)
         if full is not None:
-            parts = [part for batch in first_samples(self.batches(), full.samples) for part in batch.inputs.chunks(CHUNK)]
+            parts = [
+                part for batch in first_samples(self.batches(), full.samples) for part in batch.inputs.chunks(CHUNK)
+            ]
             found = correct_full(self.graph, numbers, parts)
         else:
             means = {name: seen.moments if isinstance(seen, InputMoments) else seen for name, seen in inputs.items()}

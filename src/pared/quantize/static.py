@@ -159,9 +159,7 @@ class QuantizeStatic:
         """What becomes integers where some modules are kept in float."""
         scheme = ctx.target.scheme
         placement = place(graph, scheme, include=self.include, exclude=(*self.exclude, *kept))
-        return dataclasses.replace(
-            placement, skips=tuple(explained(skip, kept) for skip in placement.skips)
-        )
+        return dataclasses.replace(placement, skips=tuple(explained(skip, kept) for skip in placement.skips))
 
     def guard(self, graph: fx.GraphModule, numbers: Numbers, ctx: Context, facts: dict[str, Any]) -> Placement:
         """Measure what each layer costs alone, and keep the most fragile in float, as far as the settings ask for it."""

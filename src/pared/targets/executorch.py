@@ -1,4 +1,4 @@
-"""The target `executorch`: export to a `.pte` program whose operators XNNPACK runs, as phones and small boards ship it."""
+"""The target `executorch`: export to a `.pte` program for XNNPACK, as phones and small boards ship it."""
 
 from __future__ import annotations
 

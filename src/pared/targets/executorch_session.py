@@ -1,8 +1,12 @@
-"""A `.pte` program opened in ExecuTorch. Its Python runtime passes tensors of PyTorch, so this file, alone of those that
-open files, imports torch: a worker process of this target weighs what PyTorch weighs."""
+"""A `.pte` program opened in ExecuTorch.
+
+Its Python runtime passes tensors of PyTorch, so this file imports torch, unlike `targets.sessions`: a worker process of
+this target weighs what PyTorch weighs.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -26,8 +30,8 @@ class ExecuTorchSession:
 
     def __init__(self, path: Path, threads: int) -> None:
         try:
-            # The documented module around this one loads the whole exporter, which takes three times as long as PyTorch.
-            from executorch.extension.pybindings import _C as library
+            # `executorch.runtime`, which wraps this, loads the whole exporter, and that takes longer than PyTorch.
+            library = importlib.import_module("executorch.extension.pybindings._C")
         except ImportError as error:
             raise not_installed("executorch", error) from None
         self.library, self.path, self.threads = library, path, threads
@@ -40,8 +44,8 @@ class ExecuTorchSession:
         )
         if len(self.inputs) != len(planned):
             raise TargetError(
-                f"executorch: {path.name} takes {len(planned)} inputs, {path.with_suffix('.json').name} beside it tells "
-                f"of {len(self.inputs)}; keep the two files of an export together"
+                f"executorch: {path.name} takes {len(planned)} inputs, and its notes beside it tell of "
+                f"{len(self.inputs)}; keep the two files of an export together"
             )
         self.largest = [tuple(item.sizes()) for item in planned]
         self.parts = notes["outputs_have_batch"]

@@ -69,9 +69,13 @@ class TensorRt:
     scheme = SCHEME
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
-        """Write an engine, the one for Turing beside it, and what their layers became. Raises: CaptureError, TargetError.
+        """Write an engine, the one for Turing beside it, and what their layers became.
 
         Turing may refuse what later architectures run; then its engine is left out, and the notes say why.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            TargetError: It cannot be written as ONNX, or the parser or builder refuses it; names the operator.
         """
         from pared.targets.onnxruntime import check, onnx_model
 
