@@ -62,7 +62,7 @@ SCHEME = Scheme(
 BATCH = 16
 # Other dynamic dimensions may grow to so many times the example's.
 GROWTH = 4
-RESHAPES = frozenset({"aten.view", "aten.reshape", "aten.flatten", "aten._unsafe_view"})
+RESHAPES = frozenset({"aten.view", "aten.flatten", "aten._unsafe_view"})
 HEAVY = ("convolution", "linear", "addmm", "mm")
 
 
@@ -139,6 +139,7 @@ def infer_batch(program: ExportedProgram) -> None:
     Otherwise each flatten would cut the network into two delegates, with conversions in between.
     """
     import torch
+    from torch._prims_common import is_contiguous_or_false
 
     from pared.graph.capture import operator
 
@@ -147,11 +148,12 @@ def infer_batch(program: ExportedProgram) -> None:
         value = node.meta.get("val")
         if operator(node) not in RESHAPES or not isinstance(value, torch.Tensor):
             continue
+        # Of values that lie otherwise in memory it would be a copy, for which the batch would be fixed.
+        if not is_contiguous_or_false(node.args[0].meta["val"]):
+            continue
         sizes = [-1 if isinstance(size, torch.SymInt) else size for size in value.shape]
         if sizes.count(-1) == 1:
-            views = operator(node) in {"aten.view", "aten._unsafe_view"}
-            node.target = torch.ops.aten.view.default if views else torch.ops.aten.reshape.default
-            node.args, node.kwargs = (node.args[0], sizes), {}
+            node.target, node.args, node.kwargs = torch.ops.aten.view.default, (node.args[0], sizes), {}
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
