@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TARGETS: Mapping[str, str] = {
     "onnxruntime": "pared.targets.onnxruntime:OnnxRuntime",
+    "executorch": "pared.targets.executorch:ExecuTorch",
+    "tensorrt": "pared.targets.tensorrt:TensorRt",
 }
 
 
