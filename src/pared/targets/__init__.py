@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TARGETS: Mapping[str, str] = {
     "onnxruntime": "pared.targets.onnxruntime:OnnxRuntime",
+    "openvino": "pared.targets.openvino:OpenVino",
+    "torch": "pared.targets.torch:TorchPackage",
 }
 
 
