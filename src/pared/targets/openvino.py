@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pared.errors import TargetError
 from pared.targets.onnxruntime import SCHEME as ONNXRUNTIME
 from pared.targets.onnxruntime import checked, to_onnx
-from pared.targets.openvino_session import last_line
+from pared.targets.openvino_session import NAMES, last_line
 from pared.targets.sessions import OpenSession, not_installed, open_session
 
 if TYPE_CHECKING:
@@ -58,11 +59,22 @@ class OpenVino:
         """
         try:
             import openvino
+            from openvino._offline_transformations import apply_moc_transformations
         except ImportError as error:
             raise not_installed(self.name, error) from None
         proto = to_onnx(model, task, self.name)
         try:
             made = openvino.Core().read_model(checked(proto, self.name))
+            # What OpenVINO does first with any file: it halves the graph, and takes nothing out of integers.
+            apply_moc_transformations(made, cf=False, smart_reshape=False)
+            names = {
+                value.name: [size.dim_param for size in value.type.tensor_type.shape.dim] for value in proto.graph.input
+            }
+            made.set_rt_info(json.dumps(names), NAMES)
+            for index, node in enumerate(made.get_ordered_ops()):
+                if node.get_type_name() not in {"Parameter", "Result"}:
+                    # OpenVINO counts all nodes that a process ever made: the same model gives the same file.
+                    node.set_friendly_name(f"n{index}")
             openvino.save_model(made, str(path), compress_to_fp16=False)
         except RuntimeError as error:
             raise TargetError(f"openvino cannot take the model: {last_line(error)}") from None

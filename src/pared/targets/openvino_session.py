@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 from pared.errors import TargetError
 from pared.targets.sessions import InputSpec, not_installed
 
+# Where a file keeps the names of its inputs' dimensions, which OpenVINO has none for.
+NAMES = ["pared", "dimensions"]
 # The numpy name of each type of OpenVINO that tensors of numbers have.
 DTYPES = {
     "f32": "float32",
@@ -46,11 +50,13 @@ class OpenVinoSession:
         }
         try:
             core = openvino.Core()
-            self.model = core.compile_model(core.read_model(str(path)), "CPU", settings)
+            read = core.read_model(str(path))
+            names = json.loads(read.get_rt_info(NAMES).astype(str)) if read.has_rt_info(NAMES) else {}
+            self.model = core.compile_model(read, "CPU", settings)
             self.request = self.model.create_infer_request()
         except RuntimeError as error:
             raise TargetError(f"openvino refuses {path.name}: {last_line(error)}") from None
-        self.inputs = tuple(map(spec_of, self.model.inputs))
+        self.inputs = tuple(spec_of(port, names) for port in self.model.inputs)
         self.options = {
             "runtime": f"openvino {openvino.__version__}",
             "device": "CPU",
@@ -81,11 +87,13 @@ def last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def spec_of(port: Any) -> InputSpec:
-    """One input of a compiled model. Raises: TargetError for one that is no tensor of numbers."""
+def spec_of(port: Any, names: Mapping[str, list[str]]) -> InputSpec:
+    """One input of a compiled model, free dimensions named. Raises: TargetError for one that holds no numbers."""
     kind = port.get_element_type().get_type_name()
     name = min(port.get_names(), default="")
     if kind not in DTYPES:
         raise TargetError(f"input {name} is a {kind}; files with tensors of numbers can be run")
-    shape = tuple(size.get_length() if size.is_static else size.get_symbol_name() for size in port.partial_shape)
+    sizes = list(port.partial_shape)
+    free = names.get(name, [""] * len(sizes))
+    shape = tuple(size.get_length() if size.is_static else free[axis] for axis, size in enumerate(sizes))
     return InputSpec(name, shape, DTYPES[kind])
