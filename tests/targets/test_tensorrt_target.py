@@ -25,7 +25,7 @@ from pared.quantize.static import QuantizeStatic
 from pared.recipe import Budget
 from pared.step import Context
 from pared.targets import sessions
-from pared.targets.onnxruntime import onnx_model
+from pared.targets.onnxruntime import to_onnx
 from pared.targets.tensorrt import TensorRt, build, largest_sizes, linear_as_convolution, name_nodes
 from pared.targets.tensorrt_session import why_not_here
 from pared.task import Task
@@ -96,7 +96,7 @@ def test_every_layer_takes_int8_when_the_model_is_quantized(
 @pytest.mark.parametrize("integers", [False, True])
 def test_linear_as_convolution_computes_the_same_when_run_in_onnx_runtime(integers: bool, tmp_path: Path) -> None:
     model, task = quantized("mlp", tmp_path) if integers else model_and_task("mlp")
-    proto = onnx_model(model, task, "tensorrt")
+    proto = to_onnx(model, task, "tensorrt")
     name_nodes(proto.graph)
     x = batch_of(task.example_inputs, 5, 1).args[0].numpy()
     before = run(proto, x)

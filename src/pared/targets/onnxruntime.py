@@ -69,18 +69,17 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        proto = onnx_model(model, task, self.name)
+        proto = to_onnx(model, task, self.name)
         protect(proto.graph)
-        check(proto, self.name)
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(checked(proto, self.name))
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
 
 
-def onnx_model(model: nn.Module, task: Task, target: str) -> Any:
-    """A model as ONNX, free of the exporter's notes. Raises: CaptureError, TargetError."""
+def to_onnx(model: nn.Module, task: Task, target: str) -> Any:
+    """`model` as an ONNX model, anonymous, its free dimensions named. Raises: CaptureError, TargetError."""
     import torch
 
     from pared.graph.capture import capture, quiet
@@ -94,20 +93,22 @@ def onnx_model(model: nn.Module, task: Task, target: str) -> Any:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     if exported is None:
         raise TargetError(f"{target}: the exporter returned nothing")
-    proto = exported.model_proto  # made anew at each reading
+    proto = exported.model_proto
     strip(proto)
     name_dimensions(proto.graph, task)
     return proto
 
 
-def check(proto: Any, target: str) -> None:
-    """Raise `TargetError` where a model is no valid ONNX."""
+def checked(proto: Any, target: str) -> bytes:
+    """The content of an ONNX file, the same for the same model. Raises: TargetError for an invalid one."""
     import onnx
 
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise TargetError(f"{target}: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def strip(proto: Any) -> None:

@@ -180,6 +180,21 @@ RUNTIMES: Mapping[str, Runtime] = {
         carries_code=True,
         here="pared.targets.tensorrt_session:why_not_here",
     ),
+    "openvino": Runtime(
+        about="OpenVINO IR in OpenVINO on the CPU.",
+        session="pared.targets.openvino_session:OpenVinoSession",
+        files=("model.xml", "model.bin"),
+        packages=("onnx", "onnxscript", "openvino"),
+        install="pared[openvino]",
+    ),
+    "torch": Runtime(
+        about="A package of AOTInductor in PyTorch on the CPU; carries compiled code.",
+        session="pared.targets.torch_session:TorchSession",
+        files=("model.pt2",),
+        packages=("torch",),
+        install="torch",
+        carries_code=True,
+    ),
 }
 
 

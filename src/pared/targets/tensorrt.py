@@ -77,9 +77,9 @@ class TensorRt:
             CaptureError: The model cannot be exported.
             TargetError: It cannot be written as ONNX, or the parser or builder refuses it; names the operator.
         """
-        from pared.targets.onnxruntime import check, onnx_model
+        from pared.targets.onnxruntime import checked, to_onnx
 
-        proto = onnx_model(model, task, self.name)
+        proto = to_onnx(model, task, self.name)
         name_nodes(proto.graph)
         engine = build(proto, LATER, task)
         path.write_bytes(engine.plan)
@@ -87,7 +87,7 @@ class TensorRt:
         turing = path.with_name(f"{path.stem}.sm75{path.suffix}")
         turing.unlink(missing_ok=True)
         linear_as_convolution(proto)
-        check(proto, self.name)
+        checked(proto, self.name)
         try:
             older = build(proto, TURING, task)
         except TargetError as error:
