@@ -50,6 +50,8 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
+    weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -72,12 +74,15 @@ class OnnxRuntime:
         import torch
 
         from pared.graph.capture import capture, quiet
+        from pared.targets import onnx_weights
         from pared.targets.decomposition import decompose_sparingly
 
-        program = decompose_sparingly(capture(model, task))
+        program = decompose_sparingly(capture(onnx_weights.with_weight_operators(model), task))
         with quiet(), hushed():
             try:
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+                exported = torch.onnx.export(
+                    program, dynamo=True, verbose=False, custom_translation_table=onnx_weights.table()
+                )
             except torch.onnx.errors.OnnxExporterError as error:
                 raise TargetError(
                     f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
@@ -85,6 +90,7 @@ class OnnxRuntime:
         if exported is None:
             raise TargetError("onnxruntime: the exporter returned nothing")
         proto = exported.model_proto
+        onnx_weights.unfold(proto)
         strip(proto)
         protect(proto.graph)
         name_dimensions(proto.graph, task)
