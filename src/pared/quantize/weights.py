@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from pared.activations import SecondMoments, input_rows
 from pared.errors import PlanError, QuantizeError
-from pared.graph.capture import operator
+from pared.graph.capture import operator, owner
 from pared.quantize.affine import Grid, grid
 from pared.quantize.calibrate import calibrate, first_samples
 from pared.quantize.emission import OPERATORS, drop_unused_tensors
@@ -151,9 +151,9 @@ class QuantizeWeights:
         )
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
-        """The quantized program. Raises: DataError, QuantizeError."""
-        owner, planned, *prepared = ctx.memo.pop("QuantizeWeights", (None, None))
-        graph = prepared[0] if owner == self and planned is model else prepare(model, ctx.task, "QuantizeWeights")[0]
+        """The quantized program. Raises: DataError, QuantizeError, UsageError."""
+        step, planned, *prepared = ctx.memo.pop("QuantizeWeights", (None, None))
+        graph = prepared[0] if step == self and planned is model else prepare(model, ctx.task, "QuantizeWeights")[0]
         chosen = planned_weights(graph, plan)
         moments = self.moments(graph, chosen, ctx) if isinstance(self.method, Gptq) else {}
         numbers = grid(bits=self.bits, signed=True, symmetric=self.symmetric)
@@ -287,11 +287,12 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 
 
 def name_of(node: fx.Node) -> str:
-    """Dotted name of the module that a layer stands for."""
+    """Dotted name of the module that a layer stands for: the holder of its weight, or the one that ran it."""
     if operator(node) != EMBEDDING:
         return layer(node)
-    weight = weight_of(node)
-    return str(weight.target).rpartition(".")[0] if weight is not None and weight.op == "get_attr" else layer(node)
+    ran, weight = owner(node), weight_of(node)
+    holder = str(weight.target).rpartition(".")[0] if weight is not None and weight.op == "get_attr" else ""
+    return holder if holder.startswith(f"{ran}." if ran else "") and holder else ran
 
 
 def why_not(node: fx.Node, allowed: frozenset[str], include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
