@@ -78,6 +78,18 @@ CASES = [
         {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3, "cpu": "any"},
         candidates=weighted,
     ),
+    Case(
+        pared.QuantizeWeights(),
+        {
+            "bits": 8,
+            "group_size": None,
+            "symmetric": True,
+            "method": "nearest",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
