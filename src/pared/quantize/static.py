@@ -6,17 +6,14 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from pared.errors import ModelError, PlanError
-from pared.graph.capture import capture, operator
 from pared.quantize.calibrate import calibrate, first_samples
 from pared.quantize.emission import emit
-from pared.quantize.folding import fold_batch_norms
 from pared.quantize.placement import Placement, place
+from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, MinMax, Percentile
-from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+from pared.step import Context, Edit, Need, Plan, settings, settings_of
 
 
 def named_ranges(value: Any) -> Any:
@@ -95,62 +92,8 @@ class QuantizeStatic:
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str]]:
         """The captured graph with batch norms folded, what becomes integers in it, and the names of those norms."""
-        if is_quantized(model):
-            raise PlanError(
-                "QuantizeStatic: the model is quantized already; keep one quantize step, as the last of the recipe"
-            )
-        graph = capture(model, ctx.task).module(check_guards=False)
-        if not isinstance(graph, fx.GraphModule):
-            raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
-        idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
-        check_finite(graph)
-        own_tensors(graph)
-        folded = fold_batch_norms(graph)
+        graph, folded, idle = prepare(model, ctx.task, "QuantizeStatic")
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         if not placement.anchors:
-            reasons = "; ".join(f"{skip.module}: {skip.reason}" for skip in placement.skips[:3])
-            raise PlanError(
-                "QuantizeStatic would quantize no layer"
-                + (f" ({reasons})" if reasons else ": the model has none that could")
-            )
+            raise nothing_to_quantize("QuantizeStatic", placement.skips)
         return graph, dataclasses.replace(placement, skips=(*placement.skips, *idle)), folded
-
-
-def idle_layers(model: nn.Module, graph: fx.GraphModule) -> list[str]:
-    """Modules with a weight of two dimensions or more that no operator of the captured graph reads."""
-    read = {node.target for node in graph.graph.nodes if node.op == "get_attr" and node.users}
-    used = {id(tensor) for name, tensor in graph.named_parameters(remove_duplicate=False) if name in read}
-    weights = {
-        name: [tensor for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
-        for name, module in model.named_modules()
-    }
-    return [name for name, own in weights.items() if own and not any(id(tensor) in used for tensor in own)]
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """True for a program that holds quantize operators already."""
-    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
-    return any(operator(node).startswith("quantized_decomposed.") for node in nodes)
-
-
-def check_finite(graph: fx.GraphModule) -> None:
-    """Raise `ModelError` for a parameter with NaN or infinity: no range could hold what comes of it."""
-    for name, tensor in graph.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"the parameter {name} holds NaN or infinity; load or train the weights again")
-
-
-def own_tensors(graph: fx.GraphModule) -> None:
-    """Give a captured graph copies of its tensors, which are the model's own until here; shared ones stay shared."""
-    copies: dict[int, Tensor] = {}
-    for module in graph.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                copied = copies.setdefault(id(tensor), nn.Parameter(tensor.detach().clone(), requires_grad=False))
-                module._parameters[name] = copied  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        for name, constant in vars(module).items():
-            if isinstance(constant, Tensor):
-                vars(module)[name] = copies.setdefault(id(constant), constant.detach().clone())
