@@ -91,7 +91,7 @@ def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task) -> dict[str, An
         if not isinstance(value, Tensor):
             return None
         named = {0: "batch", **task.dynamic_of(name)}
-        return {d: dims.setdefault(label, Dim(label)) for d, label in named.items()}
+        return {d: dims.get(label, Dim.DYNAMIC) for d, label in named.items()}
 
     args = [spec(str(i), value) for i, value in enumerate(inputs.args)]
     kwargs = {name: spec(name, value) for name, value in inputs.kwargs.items()}
