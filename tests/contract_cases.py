@@ -78,6 +78,18 @@ CASES = [
         {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3},
         candidates=weighted,
     ),
+    Case(
+        pared.QuantizeDynamic(),
+        {
+            "weights": "per_tensor",
+            "activations": "per_tensor",
+            "bits": 4,
+            "include": ["0", "2"],
+            "exclude": ["4"],
+        },
+        candidates=weighted,
+        on="mlp",
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

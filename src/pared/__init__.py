@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.static import QuantizeStatic
     from pared.recipe import Budget, Recipe, TimingSettings
     from pared.report.data import Report
@@ -22,6 +23,7 @@ HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
     "ParedError": "pared.errors",
+    "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
     "Recipe": "pared.recipe",
     "Report": "pared.report.data",
@@ -38,6 +40,7 @@ __all__ = [
     "Artifact",
     "Budget",
     "ParedError",
+    "QuantizeDynamic",
     "QuantizeStatic",
     "Recipe",
     "Report",

@@ -109,6 +109,7 @@ class Scheme:
         joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
+        dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -118,6 +119,7 @@ class Scheme:
     joining: frozenset[str]
     following: frozenset[str]
     absorbed: frozenset[str]
+    dynamic: frozenset[str] = frozenset()
 
 
 class InputSpec(Protocol):

@@ -50,6 +50,8 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    # Its ConvInteger runs slower than a float convolution.
+    dynamic=frozenset({"aten.linear", "aten.embedding"}),
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -72,12 +74,15 @@ class OnnxRuntime:
         import torch
 
         from pared.graph.capture import capture, quiet
+        from pared.targets import onnx_dynamic
         from pared.targets.decomposition import decompose_sparingly
 
-        program = decompose_sparingly(capture(model, task))
+        program = decompose_sparingly(capture(onnx_dynamic.with_dynamic_operators(model), task))
         with quiet(), hushed():
             try:
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
+                exported = torch.onnx.export(
+                    program, dynamo=True, verbose=False, custom_translation_table=onnx_dynamic.table()
+                )
             except torch.onnx.errors.OnnxExporterError as error:
                 raise TargetError(
                     f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
