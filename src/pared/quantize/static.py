@@ -11,12 +11,17 @@ from torch import Tensor, fx, nn
 
 from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
-from pared.quantize.calibrate import calibrate, first_samples
+from pared.quantize.affine import grid
+from pared.quantize.calibrate import first_samples
+from pared.quantize.choice import choose_ranges
 from pared.quantize.emission import emit
 from pared.quantize.folding import fold_batch_norms
 from pared.quantize.placement import Placement, place
-from pared.quantize.ranges import RANGES, MinMax, Percentile
+from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+
+
+Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
 
 
 def named_ranges(value: Any) -> Any:
@@ -39,11 +44,11 @@ class QuantizeStatic:
     trains: ClassVar[bool] = False
 
     ranges: Annotated[
-        MinMax | Percentile,
-        pydantic.Field(discriminator="kind", description="How to choose activation ranges: minmax or percentile."),
-        pydantic.BeforeValidator(
-            named_ranges, json_schema_input_type=Literal["minmax", "percentile"] | MinMax | Percentile
+        AnyRanges,
+        pydantic.Field(
+            discriminator="kind", description=f"How to choose activation ranges: {', '.join(RANGES)} (docs/quantization.md)."
         ),
+        pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
     exclude: Annotated[
@@ -55,23 +60,19 @@ class QuantizeStatic:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Calibration data."""
-        return frozenset({"calibration"})
+        """Calibration data; `auto` chooses on validation data."""
+        return frozenset({"calibration", "validation"} if isinstance(self.ranges, Auto) else {"calibration"})
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
         graph, placement, folded = self.prepare(model, ctx)
         facts: dict[str, Any] = {"folded": folded, "tensors": dict(placement.tensors), "ranges": {}}
         if not ctx.dry:
-            roots = dict.fromkeys(placement.tensors.values())
-            observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
-            facts["samples"] = calibrate(
-                graph,
-                observers,
-                first_samples(ctx.task.batches("calibration", "QuantizeStatic"), self.samples),
-                ctx.progress,
-            )
-            facts["ranges"] = {name: list(self.ranges.range(seen)) for name, seen in observers.items()}
+            scheme = ctx.target.scheme
+            symmetric = scheme.activation_symmetric
+            numbers = grid(bits=8, signed=scheme.activation_dtype == "int8", symmetric=symmetric)
+            batches = first_samples(ctx.task.batches("calibration", "QuantizeStatic"), self.samples)
+            facts |= choose_ranges(self.ranges, graph, placement, batches, numbers, ctx, symmetric=symmetric)
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         return Plan(
             step="QuantizeStatic",
