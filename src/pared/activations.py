@@ -136,7 +136,7 @@ class RunningExtremes:
         """Count samples in by their position in the data.
 
         Args:
-            x: Any shape. Where the first dimension is no multiple of `samples`, all count as one with the same extremes.
+            x: Any shape. Where the first dimension is no multiple of `samples`, all have the same extremes.
             first: How many samples come before these.
             samples: How many these are.
 

@@ -70,7 +70,7 @@ def calibrate(
     observers: Mapping[str, Any],
     batches: Iterable[Batch],
     progress: Progress = silent,
-    paused: Callable[[int], None] = lambda samples: None,
+    paused: Callable[[int], None] | None = None,
 ) -> int:
     """Show every calibration sample to the observers.
 
@@ -113,7 +113,7 @@ def show(
     graph: fx.GraphModule,
     observers: Mapping[str, Any],
     batches: Iterable[Batch],
-    paused: Callable[[int], None] = lambda samples: None,
+    paused: Callable[[int], None] | None = None,
 ) -> int:
     """Show samples to the observers, whatever they are. See `calibrate`."""
     show_part = functools.partial(show_chunk, graph, observers, {name: threading.Lock() for name in observers})
@@ -127,7 +127,8 @@ def show(
                     for _ in pool.map(show_part, parts, starts):
                         pass
                     samples += piece.size
-                    paused(samples)
+                    if paused is not None:
+                        paused(samples)
             except QuantizeError as error:
                 error.add_note(f"while calibrating on batch {index}")
                 raise

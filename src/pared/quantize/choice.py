@@ -151,4 +151,3 @@ def excess(earlier: Range, later: Range) -> float:
     low, high = min(earlier[0], 0.0), max(earlier[1], 0.0)
     beyond = max(low - later[0], later[1] - high, 0.0)
     return beyond / (high - low) if high > low else float(beyond > 0) * 1e9
-

@@ -5,10 +5,10 @@ Arithmetic only: counts in, a pair of bin edges out. The calibrators in `ranges`
 The procedure is the classic one (Migacz 2017, "8-bit inference with TensorRT", GTC): for every candidate range take the
 histogram P of the clipped values, in which what lies outside counts at the ends; take the histogram Q of the quantized
 values inside, each integer's share spread evenly over the bins that hold values and fall to that integer; the range
-with the smallest divergence of Q from P wins. Deviations: which integer a bin falls to is worked out by the runtime's own
-affine formula, for signed and unsigned, symmetric and affine grids alike, instead of by cutting the bins into equal
-groups; the two ends are clipped each on its own where the grid is affine; and values that are exactly 0 are left out,
-since every grid holds them exactly, which matters where a ReLU makes half of all values 0.
+with the smallest divergence of Q from P wins. Deviations: which integer a bin falls to is worked out by the affine
+formula of the runtimes, for signed and unsigned, symmetric and affine grids alike, instead of by cutting the bins into
+equal groups; the two ends are clipped each on its own where the grid is affine; and values that are exactly 0 are left
+out, since every grid holds them exactly, which matters where a ReLU makes half of all values 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pared.activations import Histogram
-from pared.quantize.affine import Grid, QParams, dequantize, qparams_of_range, quantize
+from pared.quantize.affine import Grid, QParams, qparams_of_range, quantize
 
 EPSILON = 1e-4
 TINY = float(torch.finfo(torch.float64).tiny)
@@ -65,6 +65,7 @@ class Quantized(NamedTuple):
         last: The bin after its last, int64 (K,).
         kept: Which bins lie inside, 1 or 0, float64 (K, N).
         level: Which of the integers the middle of a bin becomes, from 0, int64 (K, N).
+        levels: How many integers there are.
         error: That middle after quantization, less the middle, float64 (K, N).
     """
 
@@ -72,10 +73,11 @@ class Quantized(NamedTuple):
     last: Tensor
     kept: Tensor
     level: Tensor
+    levels: int
     error: Tensor
 
 
-Score = Callable[[Tensor, Quantized, int], Tensor]
+Score = Callable[[Tensor, Quantized], Tensor]
 
 
 def bins_of(histogram: Histogram, limit: int) -> Bins:
@@ -109,7 +111,7 @@ def best_range(bins: Bins, score: Score, numbers: Grid, *, symmetric: bool) -> t
 
     Args:
         bins: What was seen; at least one bin.
-        score: `score(counts, quantized, levels)`, one number for each candidate; the smallest wins.
+        score: `score(counts, quantized)`, one number for each candidate; the smallest wins.
         numbers: The integers that the range is for.
         symmetric: True clips both ends at the same distance from 0. False clips one end with the other fixed, then the
             other, until nothing changes.
@@ -127,15 +129,19 @@ def best_range(bins: Bins, score: Score, numbers: Grid, *, symmetric: bool) -> t
         best = pick(bins, score, numbers, first, last, symmetric=True)
         return int(first[best]), int(last[best])
     low, high = 0, total
-    for _ in range(ROUNDS):
+    for turn in range(2 * ROUNDS):
+        upper = turn % 2 == 0
+        if (above if upper else zero) == 0:
+            continue
+        # An end whose other end stays where it was would be found again where it is.
         before = low, high
-        if above:
+        if upper:
             last = zero + thresholds(above, max(levels - (zero - low), 0))
             high = int(last[pick(bins, score, numbers, torch.full_like(last, low), last, symmetric=False)])
-        if zero:
+        else:
             first = zero - thresholds(zero, max(levels - (high - zero), 0))
             low = int(first[pick(bins, score, numbers, first, torch.full_like(first, high), symmetric=False)])
-        if (low, high) == before or not (above and zero):
+        if ((low, high) == before and turn) or not (above and zero):
             break
     return low, high
 
@@ -154,12 +160,10 @@ def thresholds(most: int, least: int) -> Tensor:
     return torch.linspace(most, least, count, dtype=torch.float64).round().long()
 
 
-def pick(
-    bins: Bins, score: Score, numbers: Grid, first: Tensor, last: Tensor, *, symmetric: bool
-) -> int:
+def pick(bins: Bins, score: Score, numbers: Grid, first: Tensor, last: Tensor, *, symmetric: bool) -> int:
     """Index of the best of some ranges, which are given from the widest to the narrowest."""
     quantized = quantize_bins(bins, first, last, numbers, symmetric=symmetric)
-    scores = score(bins.counts, quantized, numbers.high - numbers.low + 1)
+    scores = score(bins.counts, quantized)
     smallest = scores.min()
     return int((scores <= smallest + TIE * (1 + smallest.abs())).nonzero()[0])
 
@@ -172,10 +176,11 @@ def quantize_bins(bins: Bins, first: Tensor, last: Tensor, numbers: Grid, *, sym
     integers = quantize(centres, column, numbers)
     level = integers.long() - numbers.low
     kept = ((index >= first[:, None]) & (index < last[:, None])).double()
-    return Quantized(first, last, kept, level, (integers.double() - column.zero_point) * column.scale - centres)
+    levels = numbers.high - numbers.low + 1
+    return Quantized(first, last, kept, level, levels, (integers.double() - column.zero_point) * column.scale - centres)
 
 
-def distributions(counts: Tensor, quantized: Quantized, levels: int) -> tuple[Tensor, Tensor]:
+def distributions(counts: Tensor, quantized: Quantized) -> tuple[Tensor, Tensor]:
     """P and Q of each candidate range, each (K, N) with rows that sum to 1.
 
     Where nothing lies inside a range, Q is the same for all its bins.
@@ -183,7 +188,6 @@ def distributions(counts: Tensor, quantized: Quantized, levels: int) -> tuple[Te
     Args:
         counts: Values in every bin, (N,).
         quantized: What the ranges make of them.
-        levels: How many integers there are.
     """
     first, last, level = quantized.first[:, None], quantized.last[:, None], quantized.level
     kept = quantized.kept
@@ -191,7 +195,7 @@ def distributions(counts: Tensor, quantized: Quantized, levels: int) -> tuple[Te
     before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     p = inside.scatter_add(1, first, before[first]).scatter_add(1, last - 1, before[-1] - before[last])
     holds = (inside > 0).double()
-    empty = torch.zeros(len(first), levels, dtype=torch.float64)
+    empty = torch.zeros(len(first), quantized.levels, dtype=torch.float64)
     share = empty.scatter_add(1, level, inside) / empty.scatter_add(1, level, holds).clamp(min=1)
     q = share.gather(1, level) * holds
     total = q.sum(1, keepdim=True)
@@ -210,30 +214,30 @@ def smoothed(p: Tensor, kept: Tensor) -> Tensor:
     return (1 - EPSILON) * p + EPSILON / kept.sum(1, keepdim=True) * kept
 
 
-def kl(counts: Tensor, quantized: Quantized, levels: int) -> Tensor:
+def kl(counts: Tensor, quantized: Quantized) -> Tensor:
     """KL(P || Q) of each candidate, both smoothed, in nats.
 
     Source: Kullback and Leibler 1951, sec. 2; see `smoothed` for empty bins.
     """
-    p, q = (smoothed(part, quantized.kept) for part in distributions(counts, quantized, levels))
+    p, q = (smoothed(part, quantized.kept) for part in distributions(counts, quantized))
     return (p * (log(p) - log(q))).sum(1)
 
 
-def symmetric_kl(counts: Tensor, quantized: Quantized, levels: int) -> Tensor:
+def symmetric_kl(counts: Tensor, quantized: Quantized) -> Tensor:
     """KL(P || Q) + KL(Q || P) of each candidate, both smoothed, in nats.
 
     Source: Kullback and Leibler 1951, sec. 2 (the divergence J); see `smoothed` for empty bins.
     """
-    p, q = (smoothed(part, quantized.kept) for part in distributions(counts, quantized, levels))
+    p, q = (smoothed(part, quantized.kept) for part in distributions(counts, quantized))
     return ((p - q) * (log(p) - log(q))).sum(1)
 
 
-def js(counts: Tensor, quantized: Quantized, levels: int) -> Tensor:
+def js(counts: Tensor, quantized: Quantized) -> Tensor:
     """(KL(P || M) + KL(Q || M)) / 2 with M = (P + Q) / 2, of each candidate, in nats. Finite without smoothing.
 
     Source: Lin 1991, "Divergence measures based on the Shannon entropy", sec. IV, with equal weights.
     """
-    p, q = distributions(counts, quantized, levels)
+    p, q = distributions(counts, quantized)
     middle = (p + q) / 2
     return ((p * log(p) + q * log(q)) / 2 - middle * log(middle)).sum(1)
 
@@ -243,7 +247,7 @@ def log(p: Tensor) -> Tensor:
     return p.clamp(min=TINY).log()
 
 
-def squared_error(counts: Tensor, quantized: Quantized, levels: int) -> Tensor:
+def squared_error(counts: Tensor, quantized: Quantized) -> Tensor:
     """Mean squared error that each candidate makes of all values, clipped ones too, taken at the middle of their bins.
 
     The spread within a bin adds the same to every candidate, and is left out.

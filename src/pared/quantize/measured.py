@@ -114,8 +114,9 @@ def measured_ranges(
     with one_core_each() as pool:
         found = pool.map(lambda seen: auto.ranges(seen, numbers, symmetric=symmetric), observers.values())
         options = dict(zip(observers, found, strict=True))
-        uniform = {kind: {name: ranges[kind] for name, ranges in options.items()} for kind in auto.tried}
-        noise = {kind: 0.0 for kind in auto.tried}
+        tried: tuple[str, ...] = auto.tried
+        uniform = {kind: {name: ranges[kind] for name, ranges in options.items()} for kind in tried}
+        noise = dict.fromkeys(tried, 0.0)
         parts = 0
         for part in range(len(measure.parts)):
             for kind, cost in zip(uniform, pool.map(measure.all(part), uniform.values()), strict=True):

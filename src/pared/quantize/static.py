@@ -20,7 +20,6 @@ from pared.quantize.placement import Placement, place
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
-
 Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
 
 
@@ -46,7 +45,8 @@ class QuantizeStatic:
     ranges: Annotated[
         AnyRanges,
         pydantic.Field(
-            discriminator="kind", description=f"How to choose activation ranges: {', '.join(RANGES)} (docs/quantization.md)."
+            discriminator="kind",
+            description=f"How to choose activation ranges: {', '.join(RANGES)}.",
         ),
         pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
