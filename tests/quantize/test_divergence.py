@@ -54,7 +54,8 @@ def test_distributions_are_those_worked_out_by_hand() -> None:
     counts, quantized = by_hand()
     assert counts.tolist() == [2, 4, 2, 1, 0, 1]
     p, q = distributions(counts, quantized)
-    # The range [0, 4) has integers 4/3 apart: middles 0.5, 1.5, 2.5, 3.5 become 0, 1, 2, 3. What is at 5.5 counts at 3.5.
+    # The range [0, 4) has integers 4/3 apart: middles 0.5, 1.5, 2.5, 3.5 become 0, 1, 2, 3..
+    # What is at 5.5 counts at 3.5.
     torch.testing.assert_close(p[0], torch.tensor([0.2, 0.4, 0.2, 0.2, 0, 0], dtype=torch.float64))
     torch.testing.assert_close(q[0], torch.tensor([2, 4, 2, 1, 0, 0], dtype=torch.float64) / 9)
     torch.testing.assert_close(p[1], torch.tensor([0.2, 0.8, 0, 0, 0, 0], dtype=torch.float64))
