@@ -49,15 +49,20 @@ class Watcher(fx.Interpreter):
         if observer is not None:
             try:
                 with self.locks[n.name]:
-                    if hasattr(observer, "update_at"):
-                        observer.update_at(value, self.first, self.samples)
-                    else:
-                        observer.update(value)
+                    tell(observer, value, self.first, self.samples)
             except DataError as error:
                 raise QuantizeError(
                     f"{owner(n) or '(root)'} ({n.name}): {error}; look at the layer before it, or at the data"
                 ) from None
         return value
+
+
+def tell(observer: Any, value: Any, first: int, samples: int) -> None:
+    """Show a tensor to an observer, with its place in the data if that matters to it."""
+    if hasattr(observer, "update_at"):
+        observer.update_at(value, first, samples)
+    else:
+        observer.update(value)
 
 
 def arguments(graph: Any, inputs: Inputs) -> tuple[Any, ...]:
@@ -121,8 +126,8 @@ def show(
     with one_core_each() as pool:
         for index, batch in enumerate(batches):
             try:
-                for piece in chunks(batch.inputs, PIECE):
-                    parts = list(chunks(piece))
+                for piece in batch.inputs.chunks(PIECE):
+                    parts = list(piece.chunks(CHUNK))
                     starts = itertools.accumulate((part.size for part in parts), initial=samples)
                     for _ in pool.map(show_part, parts, starts):
                         pass
@@ -174,22 +179,8 @@ def first_samples(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch
     left = limit
     for batch in batches:
         if left is not None and batch.inputs.size >= left:
-            yield Batch(sliced(batch.inputs, 0, left), None)
+            yield Batch(batch.inputs.part(0, left), None)
             return
         yield batch
         if left is not None:
             left -= batch.inputs.size
-
-
-def chunks(inputs: Inputs, size: int = CHUNK) -> Iterator[Inputs]:
-    """The same samples, a few at a time."""
-    return (sliced(inputs, start, start + size) for start in range(0, inputs.size, size))
-
-
-def sliced(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Samples `start` to `stop` of a batch."""
-    part = {name: tensor[start:stop] for name, tensor in inputs.tensors.items()}
-    return Inputs(
-        tuple(part.get(str(i), arg) for i, arg in enumerate(inputs.args)),
-        {name: part.get(name, value) for name, value in inputs.kwargs.items()},
-    )

@@ -21,11 +21,12 @@ from torch import Tensor, fx
 
 from pared.activations import Histogram
 from pared.quantize.affine import Grid, fake_quantize, qparams_of_range
-from pared.quantize.calibrate import arguments, chunks, first_samples, one_core_each
+from pared.quantize.calibrate import CHUNK, arguments, first_samples, one_core_each
+from pared.quantize.coding import shared_ranges
 from pared.quantize.placement import Placement
 from pared.quantize.ranges import Auto, Range
 from pared.step import Context
-from pared.task import Inputs, Task
+from pared.task import Inputs
 
 Change = Callable[[Tensor], Tensor]
 Values = dict[fx.Node, Any]
@@ -82,6 +83,25 @@ def dependents(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def find_ranges(
+    calibrator: Any,
+    graph: fx.GraphModule,
+    placement: Placement,
+    observers: Mapping[str, Any],
+    numbers: Grid,
+    ctx: Context,
+    *,
+    symmetric: bool,
+) -> tuple[dict[str, Range], dict[str, Any]]:
+    """The range of each root tensor by any calibrator; of `auto`, also facts with what it measured."""
+    if isinstance(calibrator, Auto):
+        ranges, facts = measured_ranges(calibrator, graph, placement, observers, numbers, ctx, symmetric=symmetric)
+        return ranges, {"auto": facts}
+    with one_core_each() as pool:
+        found = pool.map(lambda seen: calibrator.range(seen, numbers, symmetric=symmetric), observers.values())
+        return dict(zip(observers, found, strict=True)), {}
+
+
 def measured_ranges(
     auto: Auto,
     graph: fx.GraphModule,
@@ -110,7 +130,7 @@ def measured_ranges(
     """
     start = time.monotonic()
     deadline = min(start + auto.seconds, math.inf if ctx.deadline is None else ctx.deadline)
-    measure = Measurement(graph, placement, numbers, ctx.task, auto.samples, symmetric=symmetric)
+    measure = Measurement(graph, placement, numbers, ctx, auto.samples, symmetric=symmetric)
     with one_core_each() as pool:
         found = pool.map(lambda seen: auto.ranges(seen, numbers, symmetric=symmetric), observers.values())
         options = dict(zip(observers, found, strict=True))
@@ -187,17 +207,18 @@ class Measurement:
         graph: fx.GraphModule,
         placement: Placement,
         numbers: Grid,
-        task: Task,
+        ctx: Context,
         samples: int,
         *,
         symmetric: bool,
     ) -> None:
-        self.graph, self.placement, self.numbers, self.task, self.symmetric = graph, placement, numbers, task, symmetric
-        batches = first_samples(task.batches("validation", 'QuantizeStatic(ranges="auto")'), samples)
-        self.parts = [part for batch in batches for part in chunks(batch.inputs)]
+        self.graph, self.placement, self.numbers, self.symmetric = graph, placement, numbers, symmetric
+        self.scheme, self.task = ctx.target.scheme, ctx.task
+        batches = first_samples(ctx.task.batches("validation", 'QuantizeStatic(ranges="auto")'), samples)
+        self.parts = [part for batch in batches for part in batch.inputs.chunks(CHUNK)]
         self.nodes = {node.name: node for node in graph.graph.nodes}
         with torch.no_grad():
-            self.floats = [task.pick(Replay(graph, {}).run(*arguments(graph, inputs))) for inputs in self.parts]
+            self.floats = [ctx.task.pick(Replay(graph, {}).run(*arguments(graph, inputs))) for inputs in self.parts]
         self.signals = [sum_of_squares(output) for output in self.floats]
 
     def change(self, ends: Range) -> Change:
@@ -219,7 +240,8 @@ class Measurement:
         """Noise at the output with every tensor quantized, as a function of the ranges."""
 
         def noise(ranges: Ranges) -> float:
-            changes = {name: self.change(ranges[root]) for name, root in self.placement.tensors.items()}
+            shared = shared_ranges(self.nodes, self.placement, ranges, self.scheme)
+            changes = {name: self.change(shared[root]) for name, root in self.placement.tensors.items()}
             with torch.no_grad():
                 raw = Replay(self.graph, changes).run(*arguments(self.graph, self.parts[part]))
             return sum_of_squares(self.task.pick(raw) - self.floats[part])

@@ -50,6 +50,7 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    saturating="neighbours",
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -68,35 +69,46 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        import onnx
-        import torch
-
-        from pared.graph.capture import capture, quiet
-        from pared.targets.decomposition import decompose_sparingly
-
-        program = decompose_sparingly(capture(model, task))
-        with quiet(), hushed():
-            try:
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
-            except torch.onnx.errors.OnnxExporterError as error:
-                raise TargetError(
-                    f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
-                ) from error
-        if exported is None:
-            raise TargetError("onnxruntime: the exporter returned nothing")
-        proto = exported.model_proto
-        strip(proto)
+        proto = to_onnx(model, task, self.name)
         protect(proto.graph)
-        name_dimensions(proto.graph, task)
-        try:
-            onnx.checker.check_model(proto, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise TargetError(f"onnxruntime: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(checked(proto, self.name))
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
+
+
+def to_onnx(model: nn.Module, task: Task, target: str) -> Any:
+    """`model` as an ONNX model, anonymous, its free dimensions named. Raises: CaptureError, TargetError."""
+    import torch
+
+    from pared.graph.capture import capture, quiet
+    from pared.targets.decomposition import decompose_sparingly
+
+    program = decompose_sparingly(capture(model, task))
+    with quiet(), hushed():
+        try:
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+    if exported is None:
+        raise TargetError(f"{target}: the exporter returned nothing")
+    proto = exported.model_proto
+    strip(proto)
+    name_dimensions(proto.graph, task)
+    return proto
+
+
+def checked(proto: Any, target: str) -> bytes:
+    """The content of an ONNX file, the same for the same model. Raises: TargetError for an invalid one."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise TargetError(f"{target}: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def strip(proto: Any) -> None:

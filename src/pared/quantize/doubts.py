@@ -1,9 +1,9 @@
-"""From a placed graph and calibration data to the range of every tensor, with what speaks against these ranges."""
+"""What speaks against calibrated ranges: later calibration data, or validation data, that go far beyond them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -11,13 +11,9 @@ from torch import fx
 from pared.activations import Extremes
 from pared.errors import ParedWarning
 from pared.graph.capture import owner
-from pared.quantize.affine import Grid
-from pared.quantize.calibrate import calibrate, first_samples, one_core_each, show
-from pared.quantize.measured import measured_ranges
-from pared.quantize.placement import Placement
-from pared.quantize.ranges import Auto, Calibrator, Range
+from pared.quantize.calibrate import first_samples, show
+from pared.quantize.ranges import Range
 from pared.step import Context
-from pared.task import Batch
 
 CHECKED = 16  # validation samples that are held against the ranges
 # Later data go beyond the earlier range as a matter of course: each end of it with a chance of one in four where a
@@ -26,54 +22,19 @@ FAR = 1.0  # ... for a single tensor,
 USUAL = 0.25  # ... and for half of all tensors.
 
 
-def choose_ranges(
-    calibrator: Calibrator | Auto,
-    graph: fx.GraphModule,
-    placement: Placement,
-    batches: Iterable[Batch],
-    numbers: Grid,
-    ctx: Context,
-    *,
-    symmetric: bool,
-) -> dict[str, Any]:
-    """Calibrate, choose, and look for evidence against the choice.
+def warn(graph: fx.GraphModule, growth: Growth, samples: int, ctx: Context) -> list[str]:
+    """Sentences with the evidence against the ranges, none as a rule; each is a `ParedWarning` too.
 
     Args:
-        calibrator: How to choose.
-        graph: The graph that was placed.
-        placement: Which tensors become integers.
-        batches: Calibration data.
-        numbers: The integers of activations.
-        ctx: For `auto`, and for the check of the ranges, its task's validation data.
-        symmetric: Whether their zero point is fixed.
-
-    Returns:
-        Facts of the plan: `samples` seen, `ranges` {root tensor: [low, high]}, `warnings`, a list of sentences, and,
-        of `auto`, what it measured. Every warning is also a `ParedWarning`.
-
-    Raises:
-        UsageError: `auto` without validation data.
-        DataError, QuantizeError: As `calibrate`.
+        graph: What was calibrated.
+        growth: Watched it.
+        samples: How many calibration samples there were.
+        ctx: Gives validation data, if there are any.
     """
-    if isinstance(calibrator, Auto):
-        ctx.task.require("validation", 'QuantizeStatic(ranges="auto")')
-    observers = {name: calibrator.observer() for name in dict.fromkeys(placement.tensors.values())}
-    growth = Growth(observers)
-    facts: dict[str, Any] = {"samples": calibrate(graph, observers, batches, ctx.progress, growth.look)}
-    if isinstance(calibrator, Auto):
-        ranges, facts["auto"] = measured_ranges(
-            calibrator, graph, placement, observers, numbers, ctx, symmetric=symmetric
-        )
-    else:
-        with one_core_each() as pool:
-            found = pool.map(lambda seen: calibrator.range(seen, numbers, symmetric=symmetric), observers.values())
-            ranges = dict(zip(observers, found, strict=True))
-    facts["ranges"] = {name: list(ends) for name, ends in ranges.items()}
-    doubts = growth.doubts(graph) or validation_doubts(graph, growth.ends(), facts["samples"], ctx)
-    facts["warnings"] = doubts
-    for doubt in doubts:
-        warnings.warn(doubt, ParedWarning, stacklevel=2)
-    return facts
+    doubts = growth.doubts(graph) or validation_doubts(graph, growth.ends(), samples, ctx)
+    for text in doubts:
+        warnings.warn(text, ParedWarning, stacklevel=2)
+    return doubts
 
 
 class Growth:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ParedWarning, QuantizeError
-from pared.quantize.choice import excess
+from pared.quantize.doubts import excess
 from pared.quantize.ranges import RANGES
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
