@@ -117,8 +117,8 @@ def to_onnx(
     with quiet(), hushed():
         try:
             exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
-                )
+                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     if exported is None:
