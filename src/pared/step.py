@@ -109,6 +109,7 @@ class Scheme:
         joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
+        norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -118,6 +119,7 @@ class Scheme:
     joining: frozenset[str]
     following: frozenset[str]
     absorbed: frozenset[str]
+    norms_as_convolutions: bool = False
 
 
 class InputSpec(Protocol):

@@ -207,6 +207,7 @@ class Run:
             changed=plan.changed if plan else (),
             skipped=tuple(report.Skipped(module=s.module, reason=s.reason) for s in plan.skips) if plan else (),
             layers=layer_table(counts, plans),
+            warnings=tuple(plan.facts.get("warnings", ())) if plan else (),
             metrics=stage.facts["metrics"],
             latency_ms=percentiles(times[stage.file]),
             speedup=self.against[files[0]] if stage.file != files[0] else None,

@@ -12,10 +12,13 @@ from torch import Tensor, fx, nn
 from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
 from pared.quantize.calibrate import calibrate, first_samples
+from pared.quantize.constants import fold_constants
 from pared.quantize.emission import emit
 from pared.quantize.folding import fold_batch_norms
-from pared.quantize.placement import Placement, place
+from pared.quantize.norms import write_norms_as_convolutions
+from pared.quantize.placement import Placement, layer, place
 from pared.quantize.ranges import RANGES, MinMax, Percentile
+from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
 
@@ -61,7 +64,9 @@ class QuantizeStatic:
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
         graph, placement, folded = self.prepare(model, ctx)
+        work = work_of(graph, placement, ctx.target.scheme)
         facts: dict[str, Any] = {"folded": folded, "tensors": dict(placement.tensors), "ranges": {}}
+        facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "warnings": warnings_of(work)}
         if not ctx.dry:
             roots = dict.fromkeys(placement.tensors.values())
             observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
@@ -105,7 +110,10 @@ class QuantizeStatic:
         idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
         check_finite(graph)
         own_tensors(graph)
+        fixed = fold_constants(graph, ctx.target.scheme.weighted)
+        idle += [Skip(layer(node), "its result does not depend on the input, so it is stored") for node in fixed]
         folded = fold_batch_norms(graph)
+        write_norms_as_convolutions(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         if not placement.anchors:
             reasons = "; ".join(f"{skip.module}: {skip.reason}" for skip in placement.skips[:3])

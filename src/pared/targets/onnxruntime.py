@@ -50,6 +50,7 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    norms_as_convolutions=True,
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
