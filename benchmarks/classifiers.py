@@ -2,10 +2,10 @@
 
     python benchmarks/classifiers.py IMAGES NAMES [--tool pared] [--only resnet18 vgg11] [--quick]
 
-IMAGES is a parquet file of ImageNet photographs in the Hugging Face layout, NAMES a text file with one torchvision model
-a line. The weights are random, the batch-norm statistics those of 16 photographs. Each tool gets 8 of them for
-calibration and makes its file in a fresh process, within a time limit. How much of a file's work is in integers is not
-what its tool claims, but what ONNX Runtime's profiler says of the operators that it ran. Rows are kept from run to run.
+IMAGES is a parquet file of ImageNet photographs in the Hugging Face layout, NAMES a text file, one torchvision model a
+line. The weights are random, the batch-norm statistics those of 16 photographs. Each tool gets 8 others for
+calibration and makes its file in a fresh process, within a time limit. How much of a file's work is in integers is
+read off what ONNX Runtime's profiler says of the operators that it ran. Rows are kept from run to run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def input_size(name: str) -> int:
 
 
 def with_statistics(model: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Batch norms with the statistics of some batches; a head that starts as zeros gets weights that tell classes apart."""
+    """Batch norms get the statistics of some batches; a head of zeros gets weights that tell classes apart."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()

@@ -1,13 +1,16 @@
-"""Streaming statistics of tensors: extremes and histograms in constant memory, one pass. Shared by the techniques."""
+"""Streaming statistics of tensors: extremes, histograms, second moments. Constant memory, one pass; shared by all."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pared.errors import DataError
+from pared.graph.capture import operator
 
 
 class Extremes:
@@ -93,3 +96,187 @@ class Histogram:
         inside = (q * cumulative[-1].item() - before) / max(self.counts[index].item(), 1.0)
         value = (index + inside - self.bins // 2) * self.width
         return min(max(value, self.extremes.low), self.extremes.high)
+
+
+class SecondMoments:
+    """Sums of x and of x x^T over observations, in one pass; memory does not grow with their number.
+
+    Everything is float64, in which products of two float32 numbers are exact: means can be taken off afterwards.
+
+    Attributes:
+        count: Observations seen.
+        total: Sum of x, shape (..., columns).
+        products: Sum of x x^T, shape (..., columns, columns).
+
+    Example:
+        >>> seen = SecondMoments()
+        >>> seen.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> seen.mean.tolist(), seen.second.tolist()
+        ([2.0, 3.0], [[5.0, 7.0], [7.0, 10.0]])
+    """
+
+    ROWS = 1024  # at once, so that their float64 copy stays small
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())
+        self.products = torch.zeros(())
+
+    def update(self, rows: Tensor) -> None:
+        """Count observations in: shape (n, columns), or (groups, n, columns), each group with moments of its own.
+
+        Raises:
+            DataError: NaN or infinity, or another number of columns than before.
+        """
+        rows = rows.detach()
+        shape = (*rows.shape[:-2], rows.shape[-1])
+        if self.count and shape != tuple(self.total.shape):
+            raise DataError(f"observations have the shape {shape}, those before {tuple(self.total.shape)}")
+        if not self.count:
+            self.total = torch.zeros(shape, dtype=torch.float64)
+            self.products = torch.zeros(*shape, shape[-1], dtype=torch.float64)
+        for part in torch.split(rows, self.ROWS, dim=-2):
+            x = part.double()
+            total = x.sum(-2)
+            if not bool(torch.isfinite(total).all()):
+                raise DataError("values are not finite")
+            self.total += total
+            self.products += x.mT @ x
+        self.count += rows.shape[-2]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x. Raises: DataError where nothing was seen."""
+        return self.total / self.seen()
+
+    @property
+    def second(self) -> Tensor:
+        """Mean of x x^T. Raises: DataError where nothing was seen."""
+        return self.products / self.seen()
+
+    @property
+    def covariance(self) -> Tensor:
+        """Mean of (x - mean)(x - mean)^T. Raises: DataError where nothing was seen."""
+        mean = self.mean
+        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+    def seen(self) -> int:
+        """Number of observations. Raises: DataError for none."""
+        if not self.count:
+            raise DataError("no observations were seen; give calibration data")
+        return self.count
+
+
+def linear_rows(x: Tensor) -> Tensor:
+    """What a linear layer multiplies by its weight, one row a product: shape (n, in_features)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def convolution_rows(
+    x: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int] | str = "valid",
+    dilation: Sequence[int],
+    groups: int = 1,
+    positions: int | None = None,
+) -> Tensor:
+    """What a convolution multiplies by its weight: the patch under the kernel at each output position.
+
+    Args:
+        x: Input, shape (batch, channels, *space).
+        kernel: Size of the kernel along each dimension of space.
+        stride: As of the layer, one number a dimension.
+        padding: As of the layer; numbers, "valid" or "same". Zeros only.
+        dilation: As of the layer, one number a dimension.
+        groups: Of the layer.
+        positions: At most this many output positions of each sample, spread evenly and the same at every call; None
+            takes all.
+
+    Returns:
+        Shape (groups, batch * positions, channels / groups * kernel), so that output channel o of group g is
+        rows[g] @ weight[o].flatten().
+
+    Example:
+        >>> x = torch.arange(4.0).reshape(1, 1, 4)
+        >>> convolution_rows(x, [2], stride=[2], dilation=[1]).tolist()
+        [[[0.0, 1.0], [2.0, 3.0]]]
+    """
+    space = len(kernel)
+    patches = torch.nn.functional.pad(x, pads(kernel, padding, dilation))
+    for d in range(space):
+        patches = patches.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])
+        patches = patches[..., :: dilation[d]]
+    size = tuple(patches.shape[2 : 2 + space])
+    # (batch, channels, *size, *kernel) -> (batch, channels, n, *kernel); only the patches wanted leave their view.
+    wanted: tuple[Any, ...] = (..., *torch.unravel_index(spread(math.prod(size), positions), size))
+    patches = patches.movedim(tuple(range(2 + space, 2 + 2 * space)), tuple(range(space)))[wanted]
+    patches = patches.movedim(tuple(range(space)), tuple(range(-space, 0)))
+    patches = patches.reshape(x.shape[0], groups, -1, *patches.shape[2:])
+    return patches.movedim((1, 0, 3), (0, 1, 2)).reshape(groups, x.shape[0] * patches.shape[3], -1)
+
+
+def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
+    """A convolution's padding as `torch.nn.functional.pad` takes it: before and after, last dimension first."""
+    sides = []
+    for d in reversed(range(len(kernel))):
+        if isinstance(padding, str):
+            both = dilation[d] * (kernel[d] - 1) if padding == "same" else 0
+            sides += [both // 2, both - both // 2]
+        else:
+            sides += [padding[d], padding[d]]
+    return sides
+
+
+def spread(total: int, limit: int | None) -> Tensor:
+    """At most `limit` of the indices below `total`, in an order without the regular steps that would align with rows.
+
+    Multiples of a number near the golden section of `total`, and prime to it, visit each index once and evenly.
+
+    Example:
+        >>> spread(10, 4).tolist()
+        [0, 7, 4, 1]
+    """
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    step = max(1, round(total * (math.sqrt(5) - 1) / 2))
+    while math.gcd(step, total) != 1:
+        step += 1
+    return torch.arange(limit) * step % total
+
+
+def input_rows(node: fx.Node, x: Tensor, positions: int | None = None) -> Tensor:
+    """The observations of the input `x` of a captured linear layer or convolution, as `SecondMoments` takes them.
+
+    Args:
+        node: Calls aten.linear or aten.conv1d, conv2d, conv3d.
+        x: Its input.
+        positions: See `convolution_rows`.
+
+    Returns:
+        (n, columns) for a linear layer, (groups, n, columns) for a convolution.
+    """
+    if operator(node) == "aten.linear":
+        return linear_rows(x)
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    kernel = list(given["weight"].meta["val"].shape[2:])
+
+    def each(name: str, default: int) -> Any:
+        value = given.get(name, default)
+        if isinstance(value, int):
+            return [value] * len(kernel)
+        return value * len(kernel) if not isinstance(value, str) and len(value) == 1 else value
+
+    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
+    return convolution_rows(
+        x,
+        kernel,
+        stride=each("stride", 1),
+        padding=each("padding", 0),
+        dilation=each("dilation", 1),
+        groups=given.get("groups", 1),
+        positions=positions,
+    )

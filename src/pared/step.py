@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 EditKind = Literal["slice", "replace", "set_attribute", "cast", "mask", "quantize"]
 Need = Literal["calibration", "train", "validation"]
+Saturating = Literal["no", "neighbours", "any"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,12 @@ class Scheme:
         joining: Operators that run in integers between anchors (residual adds, concats), and in float elsewhere.
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
+        saturating: Whether two products of an unsigned activation and a signed weight are added in 16 bits on x86
+            without VNNI: "no"; of "neighbours", as `measure.saturation` orders them; or of "any" two weights of a
+            channel, where the order is not known.
+        sharing: Joining operators that take and give integers of one scale and zero point alone.
+        bias_dtype: How biases are written: integers in units of input scale x weight scale, or as they are.
+        weight_zero_points: True where the runtime wants to see the zeros that symmetric weights have.
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
@@ -119,6 +126,10 @@ class Scheme:
     joining: frozenset[str]
     following: frozenset[str]
     absorbed: frozenset[str]
+    saturating: Saturating = "no"
+    sharing: frozenset[str] = frozenset()
+    bias_dtype: Literal["int32", "float32"] = "int32"
+    weight_zero_points: bool = False
     norms_as_convolutions: bool = False
 
 

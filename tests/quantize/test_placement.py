@@ -15,7 +15,7 @@ from pared.errors import PlanError
 from pared.graph.capture import capture, operator
 from pared.quantize.folding import fold_batch_norms
 from pared.quantize.placement import Placement, place
-from pared.quantize.static import own_tensors
+from pared.quantize.program import own_tensors
 from pared.targets.onnxruntime import SCHEME
 from pared.task import Task
 from torchvision_models import torchvision_model

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pared.errors import DataError, ModelError, PlanError, QuantizeError, SettingError
-from pared.graph.capture import operator
-from pared.quantize import emission, static
+from pared.graph.capture import capture, operator
+from pared.quantize import emission
+from pared.quantize.program import own_tensors
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
 from pared.targets.onnxruntime import OnnxRuntime
@@ -335,10 +336,10 @@ def test_step_names_the_parameter_when_it_is_not_finite(bad: float) -> None:
 
 def test_own_tensors_keeps_shared_tensors_shared() -> None:
     model, inputs = ZOO["tied_weights"]()
-    graph = static.capture(model, Task(example_inputs=inputs)).module(check_guards=False)
+    graph = capture(model, Task(example_inputs=inputs)).module(check_guards=False)
     assert isinstance(graph, fx.GraphModule)
     before = len({id(tensor) for tensor in graph.parameters()})
-    static.own_tensors(graph)
+    own_tensors(graph)
     assert len({id(tensor) for tensor in graph.parameters()}) == before
     theirs = {tensor.data_ptr() for tensor in model.parameters()}
     assert not theirs & {tensor.data_ptr() for tensor in graph.parameters()}

@@ -1,7 +1,7 @@
 """Multiply-accumulates of single operators, read off the shapes in a captured graph; nothing is run.
 
-`counts` books the same work on modules, by running the graph without data; here it is wanted for each operator, of graphs
-that have been rewritten since.
+`counts` books the same work on modules, by running the graph without data; here it is wanted for each operator, of
+graphs that have been rewritten since.
 """
 
 from __future__ import annotations

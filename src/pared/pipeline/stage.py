@@ -21,10 +21,12 @@ from pared.identity import identity
 from pared.measure.fidelity import Comparison
 from pared.measure.parity import FLOAT_FLOOR_DB, check_parity
 from pared.metrics import Metric
+from pared.pipeline.without_vnni import emulate_without_vnni
 from pared.pipeline.workspace import write_json
-from pared.report.data import Agreement, Layer, finite
+from pared.report.data import Agreement, Layer, WithoutVnni, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
+from pared.targets.sessions import size_of
 from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
@@ -60,6 +62,11 @@ class Stage:
     def agreement(self, name: str) -> Agreement:
         """Parity or fidelity, as measured."""
         return pydantic.TypeAdapter(Agreement).validate_python(self.facts[name])
+
+    @property
+    def without_vnni(self) -> WithoutVnni | None:
+        """What the file scores without VNNI, where that differs."""
+        return pydantic.TypeAdapter(WithoutVnni | None).validate_python(self.facts.get("without_vnni"))
 
 
 def output_index(model: nn.Module, task: Task) -> int:
@@ -157,10 +164,13 @@ def finish_stage(
     reference = target.open(baseline, threads=threads)
     fidelity, metrics = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
     parameters = {id(p): p for p in stage.floating.parameters()}.values()
+    role, batches = judging_data(task)
+    judged = tuple(task.metrics) if role == "validation" else ()
     stage.facts |= {
+        "without_vnni": emulate_without_vnni(stage.model, target, task, batches, judged) if stage.quantized else None,
         "fidelity": dataclasses.asdict(fidelity),
         "metrics": metrics,
-        "size_bytes": stage.file.stat().st_size,
+        "size_bytes": size_of(target.name, stage.file),
         "params": sum(parameter.numel() for parameter in parameters),
         "nonzero_params": nonzero_params(stage.floating),
     }

@@ -75,7 +75,7 @@ def calibrate(
     with one_core_each() as pool:
         for index, batch in enumerate(batches):
             try:
-                for _ in pool.map(show, chunks(batch.inputs)):
+                for _ in pool.map(show, batch.inputs.chunks(CHUNK)):
                     pass
             except QuantizeError as error:
                 error.add_note(f"while calibrating on batch {index}")
@@ -124,22 +124,8 @@ def first_samples(batches: Iterable[Batch], limit: int | None) -> Iterator[Batch
     left = limit
     for batch in batches:
         if left is not None and batch.inputs.size >= left:
-            yield Batch(sliced(batch.inputs, 0, left), None)
+            yield Batch(batch.inputs.part(0, left), None)
             return
         yield batch
         if left is not None:
             left -= batch.inputs.size
-
-
-def chunks(inputs: Inputs) -> Iterator[Inputs]:
-    """The same samples, a few at a time."""
-    return (sliced(inputs, start, start + CHUNK) for start in range(0, inputs.size, CHUNK))
-
-
-def sliced(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Samples `start` to `stop` of a batch."""
-    part = {name: tensor[start:stop] for name, tensor in inputs.tensors.items()}
-    return Inputs(
-        tuple(part.get(str(i), arg) for i, arg in enumerate(inputs.args)),
-        {name: part.get(name, value) for name, value in inputs.kwargs.items()},
-    )

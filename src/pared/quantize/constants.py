@@ -1,8 +1,8 @@
 """Folding of what does not depend on the input, where it stands between a layer and its integers.
 
 A weight or bias that a forward computes from stored tensors (a slice of a packed projection, a bias with a part set to
-zero, a weight normalization) is the same at every call, and so is a layer whose input is a constant (the perceptron of a
-relative position bias). Both are computed once, and stored. Other constants stay computed: stored, they could be larger.
+zero, a weight normalization) is the same at every call, and so is what a layer makes of a constant (the perceptron of a
+relative position bias). Both are computed once and stored. Other constants stay computed: their results may be larger.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from pared.graph.capture import operator
-from pared.quantize.folding import store, tensor_of
+from pared.quantize.folding import CONVOLUTIONS, LINEAR, TRANSPOSED, store, tensor_of
+from pared.quantize.placement import layer
+
+WEIGHTED = CONVOLUTIONS | TRANSPOSED | {LINEAR}  # their second and third argument are a weight and a bias
 
 
-def fold_constants(graph: fx.GraphModule, weighted: frozenset[str]) -> list[fx.Node]:
+def fold_constants(graph: fx.GraphModule) -> list[str]:
     """Store computed weights and biases, and the results of layers that do not depend on the input, in place.
 
     Args:
         graph: A captured graph that owns its tensors.
-        weighted: Operators whose second and third argument are a weight and a bias.
 
     Returns:
-        The layers whose result is stored instead; they are in the graph no more.
+        Names of the layers whose result is stored instead; they are in the graph no more.
     """
     constant = constants(graph)
-    layers = [node for node in graph.graph.nodes if operator(node) in weighted]
+    layers = [node for node in graph.graph.nodes if operator(node) in WEIGHTED]
     fixed = [node for node in layers if node in constant]
     # Of layers on top of one another the last is all that is needed.
     results = [node for node in fixed if not all(leads_to_fixed(user, set(fixed), constant) for user in node.users)]
@@ -47,16 +49,16 @@ def fold_constants(graph: fx.GraphModule, weighted: frozenset[str]) -> list[fx.N
             node.replace_all_uses_with(stored)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return fixed
+    return [layer(node) for node in fixed]
 
 
 def constants(graph: fx.GraphModule) -> set[fx.Node]:
     """Stored tensors, and what is computed from them and from numbers alone, without chance."""
     found: set[fx.Node] = set()
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            found.add(node)
-        elif node.op == "call_function" and all(source in found for source in node.all_input_nodes) and settled(node):
+        if node.op == "get_attr" or (
+            node.op == "call_function" and all(source in found for source in node.all_input_nodes) and settled(node)
+        ):
             found.add(node)
     return found
 

@@ -1,8 +1,8 @@
-"""Batch norms that no layer before them can take in, written as depthwise 1x1 convolutions where integers surround them.
+"""Batch norms that no layer before them can take in, as depthwise 1x1 convolutions where integers surround them.
 
-A norm behind a concat or a ReLU (DenseNet, pre-activation networks) would stay in float, with a conversion on each side and
-the concat before it in float too. As a convolution of one weight a channel it runs in integers, takes in the ReLU that
-follows, and its weight loses nothing: one scale a channel holds one number exactly.
+A norm behind a concat or a ReLU (DenseNet, pre-activation networks) would stay in float, with a conversion on each side
+and the concat before it in float too. As a convolution of one weight a channel it runs in integers, takes in the ReLU
+that follows, and its weight loses nothing: one scale a channel holds one number exactly.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def convertible(norm: fx.Node) -> bool:
 def convert(graph: fx.GraphModule, norm: fx.Node) -> None:
     """Put a convolution in a norm's place.
 
-    With a weight of ones before it, the formula of folding (Jacob et al. 2018, arXiv:1712.05877, eq. 14) gives the norm's own
-    factor and offset.
+    With a weight of ones before it, the formula of folding (Jacob et al. 2018, arXiv:1712.05877, eq. 14) gives the
+    norm's own factor and offset.
     """
     gamma, beta, mean, var = (None if arg is None else tensor_of(graph, arg) for arg in norm.args[1:5])
     eps: Any = norm.args[7]

@@ -236,8 +236,8 @@ def active_joins(nodes: dict[str, fx.Node], anchors: set[str], scheme: Scheme) -
             if node.name in anchors:
                 memo[node.name] = True
             elif name == "aten.add":
-                # An addend that a float operator made would be rounded for the sum alone: a residual stream loses more by
-                # that than the sum gains (ConvNeXt, transformers). One that goes into an integer layer is rounded anyhow.
+                # An addend that a float operator made would be rounded for the sum alone, and a residual stream loses
+                # more by that than the sum gains. One that also goes into an integer layer is rounded anyhow.
                 memo[node.name] = suits(node) and all(
                     comes_from_integers(arg, memo) or feeds_an_anchor(arg) for arg in inputs
                 )

@@ -100,17 +100,16 @@ def warnings_of(work: Work) -> list[str]:
     reasons = []
     layers = f"{work.layers} layer{'' if work.layers == 1 else 's'}"
     if work.share < LEAST_SHARE:
-        reasons.append(
-            f"only {work.share:.0%} of the multiply-accumulates would run in integers ({layers})".replace("%", " %")
-        )
+        share = f"{100 * work.share:.0f} %"
+        reasons.append(f"only {share} of the multiply-accumulates would run in integers ({layers})")
     if work.integer_macs * LEAST_SAVED < work.converted * MACS_OF_A_CONVERSION:
         reasons.append(
-            f"{work.conversions} conversions between float and integers ({work.converted:,} numbers a sample) would cost "
-            f"more than {layers} with {work.integer_macs:,} multiply-accumulates can save"
+            f"{work.conversions} conversions between float and integers ({work.converted:,} numbers a sample) would "
+            f"cost more than {layers} with {work.integer_macs:,} multiply-accumulates can save"
         )
     if work.middle < SMALL_LAYER_MACS:
         reasons.append(
-            f"half of the integer layers have {work.middle:,} multiply-accumulates or fewer, which float does in the time "
-            "that calling an operator takes"
+            f"half of the integer layers have {work.middle:,} multiply-accumulates or fewer, which float does in the "
+            "time that calling an operator takes"
         )
     return [f"no speed-up is to be expected: {reason}" for reason in reasons]

@@ -116,6 +116,8 @@ def notes(report: Report) -> Iterable[Text]:
             yield text(f"{stage.name} was rolled back: {stage.why or 'no reason was recorded'}")
         elif not stage.measured:
             yield text(f"{stage.name} was not measured: {words.why_missing(stage, '')}")
+    for sentence in words.without_vnni(report):
+        yield text(sentence, "yellow" if sentence.startswith("Warning") else "")
     if not words.metric_names(report):
         yield text(f"No metric was measured: {words.NO_METRIC}")
 

@@ -50,6 +50,7 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
+    saturating="neighbours",
     norms_as_convolutions=True,
 )
 
