@@ -75,7 +75,19 @@ CASES = [
     ),
     Case(
         pared.QuantizeStatic(),
-        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3},
+        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3, "cpu": "any"},
+        candidates=weighted,
+    ),
+    Case(
+        pared.QuantizeWeights(),
+        {
+            "bits": 8,
+            "group_size": None,
+            "symmetric": True,
+            "method": "nearest",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
         candidates=weighted,
     ),
 ]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
     from pared.quantize.static import QuantizeStatic
+    from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
     from pared.report.data import Report
     from pared.task import Task
@@ -23,6 +24,7 @@ HOMES = {
     "Budget": "pared.recipe",
     "ParedError": "pared.errors",
     "QuantizeStatic": "pared.quantize.static",
+    "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
     "Report": "pared.report.data",
     "Task": "pared.task",
@@ -39,6 +41,7 @@ __all__ = [
     "Budget",
     "ParedError",
     "QuantizeStatic",
+    "QuantizeWeights",
     "Recipe",
     "Report",
     "Task",

@@ -116,6 +116,10 @@ class Scheme:
         sharing: Joining operators that take and give integers of one scale and zero point alone.
         bias_dtype: How biases are written: integers in units of input scale x weight scale, or as they are.
         weight_zero_points: True where the runtime wants to see the zeros that symmetric weights have.
+        float_activations: True where an integer layer with an absorbed activation may write float.
+        summed: Joining operators that the runtime computes on the accumulator of a convolution before them, which then
+            needs no integer output of its own.
+        weight_only: Operators whose weight alone may be integers, beside float activations.
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
@@ -130,6 +134,9 @@ class Scheme:
     sharing: frozenset[str] = frozenset()
     bias_dtype: Literal["int32", "float32"] = "int32"
     weight_zero_points: bool = False
+    float_activations: bool = False
+    summed: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
     norms_as_convolutions: bool = False
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from pared.identity import identity, values_of
 from pared.measure.environment import version_of
 from pared.step import Step, settings_of
-from pared.targets.sessions import runtime
+from pared.targets.sessions import runtime, why_not_here
 from pared.task import Task
 from pared.train.checkpoint import fingerprint
 
@@ -26,6 +26,7 @@ def start_key(model: nn.Module, task: Task, target: str, seed: int) -> str:
         "teachers": {name: identity(teacher) for name, teacher in sorted(task.teachers.items())},
         "versions": {name: version_of(name) for name in (*PACKAGES, *runtime(target).packages)},
         "target": target,
+        "runs_here": not why_not_here(target),
     }
     return fingerprint(model, task, parts, seed)
 

@@ -52,7 +52,12 @@ class Watcher(fx.Interpreter):
 
 
 def calibrate(
-    graph: fx.GraphModule, observers: Mapping[str, Any], batches: Iterable[Batch], progress: Progress = silent
+    graph: fx.GraphModule,
+    observers: Mapping[str, Any],
+    batches: Iterable[Batch],
+    progress: Progress = silent,
+    *,
+    ordered: bool = False,
 ) -> int:
     """Show every calibration sample to the observers.
 
@@ -60,6 +65,7 @@ def calibrate(
         graph: Its nodes' names are the observers' keys.
         observers: Objects with `update(tensor)`, to which the order of the samples makes no difference.
         batches: Calibration data, of any batch sizes.
+        ordered: Show the samples in their order, for observers that sum floats.
 
     Returns:
         Number of samples seen.
@@ -72,7 +78,7 @@ def calibrate(
     samples = 0
     first: dict[str, torch.Tensor] = {}
     varied = False
-    with one_core_each() as pool:
+    with one_core_each(1 if ordered else WORKERS) as pool:
         for index, batch in enumerate(batches):
             try:
                 for _ in pool.map(show, batch.inputs.chunks(CHUNK)):
@@ -98,17 +104,17 @@ def show_chunk(graph: fx.GraphModule, observers: Mapping[str, Any], lock: thread
 
 
 @contextlib.contextmanager
-def one_core_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as PyTorch may use, and PyTorch on one core in each.
+def one_core_each(most: int = WORKERS) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch may use, up to `most`, and PyTorch on one core in each; one thread gets all cores.
 
     Threads that share one operator wait for the slowest at its end, spinning: beside a busy process, that made
     calibration seven times slower. Samples need not wait for one another, and their results do not depend on how many
     threads there are.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if most > 1 else threads)
     try:
-        with ThreadPoolExecutor(min(threads, WORKERS)) as pool:
+        with ThreadPoolExecutor(min(threads, most)) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import pydantic
 import torch
 from torch import Tensor, fx
 
-from pared.activations import input_rows
+from pared.activations import input_mean
 from pared.graph.capture import operator
 from pared.quantize.coding import Code
 from pared.quantize.folding import tensor_of
@@ -53,9 +53,7 @@ class InputMean:
     def update(self, x: Tensor) -> None:
         """Count the layer's input in."""
         samples = len(x)
-        # The mean over samples has the same rows as the samples have on average, and far fewer.
-        rows = input_rows(self.node, x.mean(0, keepdim=True, dtype=torch.float64))
-        self.total = self.total + torch.round(rows.mean(-2) * samples / self.GRID) * self.GRID
+        self.total = self.total + torch.round(input_mean(self.node, x) * samples / self.GRID) * self.GRID
         self.count += samples
 
     @property

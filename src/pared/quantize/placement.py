@@ -292,6 +292,14 @@ def suits(node: fx.Node) -> bool:
     return all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
 
 
+def accumulated(node: fx.Node, inputs: list[fx.Node], anchors: list[str]) -> fx.Node | None:
+    """The last operand that is a convolution for this operator alone: its accumulator takes the other operand in."""
+    if len(set(inputs)) < 2 or not set(inputs) <= set(node.all_input_nodes):
+        return None
+    own = [arg for arg in inputs if arg.name in anchors and is_convolution(arg) and len(arg.users) == 1]
+    return max(own, default=None)
+
+
 def quantized_tensors(
     nodes: dict[str, fx.Node], anchors: list[str], joins: list[str], scheme: Scheme
 ) -> dict[str, str]:
@@ -299,11 +307,13 @@ def quantized_tensors(
     wanted: dict[str, None] = {}
     for name in [*anchors, *joins]:
         node = nodes[name]
-        for arg in activations(node):
-            wanted[behind(arg).name] = None
+        inputs = [behind(arg) for arg in activations(node)]
+        inside = accumulated(node, inputs, anchors) if operator(node) in scheme.summed else None
+        wanted |= dict.fromkeys(arg.name for arg in inputs if arg is not inside)
         after = tensor_after(node, scheme)
-        # A float clip behind an integer layer would be fused into the layer, and draw it into float.
-        if operator(node) in scheme.whole or name in joins or after is not node:
+        # Some runtimes fuse a float clip behind an integer layer into the layer, which draws it into float.
+        drawn = after is not node and not scheme.float_activations
+        if operator(node) in scheme.whole or name in joins or drawn:
             wanted[after.name] = None
     roots: dict[str, str] = {}
     for name in list(wanted):

@@ -73,7 +73,9 @@ def measure(
         Fragile(
             module=name,
             sqnr_db=cost.agreement.sqnr_db,
-            drops={metric.name: metric.drop(base.metrics[metric.name], cost.metrics[metric.name]) for metric in metrics},
+            drops={
+                metric.name: metric.drop(base.metrics[metric.name], cost.metrics[metric.name]) for metric in metrics
+            },
         )
         for name, cost in found.items()
     ]

@@ -119,7 +119,7 @@ def notes(report: Report) -> Iterable[Text]:
     for sentence in words.without_vnni(report):
         yield text(sentence, "yellow" if sentence.startswith("Warning") else "")
     if not words.metric_names(report):
-        yield text(f"No metric was measured: {words.NO_METRIC}")
+        yield text(f"No metric was measured: {words.why_no_metric(report)}")
 
 
 def verdict(report: Report) -> Iterable[RenderableType]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,9 +127,11 @@ class Runtime:
         about: One line for `pared list targets`.
         session: The class that opens a file, as "module:Class"; called with the path and the number of threads.
         files: Names of an export's files inside an artifact; the first is the one that is opened.
+        optional: Names of further files, which not every export has.
         packages: Distributions that make and run the file: their versions are part of what a cached stage depends on.
         install: What to give to `pip install` where the runtime is missing.
         carries_code: True where opening a file runs code from it, so that it opens only with `trust=True`.
+        here: What says why files cannot run on this machine, as "module:function"; it returns "" where they can.
     """
 
     about: str
@@ -136,7 +139,9 @@ class Runtime:
     files: tuple[str, ...]
     packages: tuple[str, ...]
     install: str
+    optional: tuple[str, ...] = ()
     carries_code: bool = False
+    here: str = ""
 
     @property
     def filename(self) -> str:
@@ -158,6 +163,38 @@ RUNTIMES: Mapping[str, Runtime] = {
         packages=("onnx", "onnxscript", "onnxruntime"),
         install="onnxruntime",
     ),
+    "executorch": Runtime(
+        about="A program for ExecuTorch with XNNPACK, for phones and small boards.",
+        session="pared.targets.executorch_session:ExecuTorchSession",
+        files=("model.pte", "model.json"),
+        packages=("executorch",),
+        install="pared[executorch]",
+    ),
+    "tensorrt": Runtime(
+        about="TensorRT-RTX engines for NVIDIA GPUs from Turing on, built without one.",
+        session="pared.targets.tensorrt_session:TensorRtSession",
+        files=("model.engine", "model.json"),
+        optional=("model.sm75.engine",),
+        packages=("onnx", "onnxscript", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
+        install="pared[tensorrt]",
+        carries_code=True,
+        here="pared.targets.tensorrt_session:why_not_here",
+    ),
+    "openvino": Runtime(
+        about="OpenVINO IR in OpenVINO on the CPU.",
+        session="pared.targets.openvino_session:OpenVinoSession",
+        files=("model.xml", "model.bin"),
+        packages=("onnx", "onnxscript", "openvino"),
+        install="pared[openvino]",
+    ),
+    "torch": Runtime(
+        about="A package of AOTInductor in PyTorch on the CPU; carries compiled code.",
+        session="pared.targets.torch_session:TorchSession",
+        files=("model.pt2",),
+        packages=("torch",),
+        install="torch",
+        carries_code=True,
+    ),
 }
 
 
@@ -166,6 +203,19 @@ def runtime(target: str) -> Runtime:
     if target not in RUNTIMES:
         raise UsageError(f"no runtime opens files of target {target!r}; {nearest(target, RUNTIMES)}")
     return RUNTIMES[target]
+
+
+def why_not_here(target: str) -> str:
+    """Why a target's files cannot run on this machine, or "" where they can."""
+    module, _, name = runtime(target).here.partition(":")
+    return str(getattr(importlib.import_module(module), name)()) if module else ""
+
+
+def summary_of(target: str, path: Path) -> dict[str, str]:
+    """What an export's notes say of it in short, for runtimes that cannot run here; empty where there are none."""
+    notes = [file for file in files_of(target, path) if file.suffix == ".json"]
+    found: dict[str, str] = json.loads(notes[0].read_text(encoding="utf8")).get("summary", {}) if notes else {}
+    return found
 
 
 def not_installed(target: str, error: ImportError) -> TargetError:
@@ -185,7 +235,7 @@ def files_of(target: str, path: Path) -> list[Path]:
     These lie beside it and begin with its stem, as `model.bin` beside `model.xml`. ONNX may keep tensors in a further
     file, NAME.data.
     """
-    first, *others = runtime(target).files
+    first, *others = *runtime(target).files, *runtime(target).optional
     names = [path.name, *(path.stem + name.removeprefix(Path(first).stem) for name in others), f"{path.name}.data"]
     return [file for file in map(path.with_name, names) if file.is_file()]
 
