@@ -56,6 +56,7 @@ SCHEME = Scheme(
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     # Its ConvInteger runs slower than a float convolution.
     dynamic=frozenset({"aten.linear", "aten.embedding"}),
+    norms_as_convolutions=True,
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
