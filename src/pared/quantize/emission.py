@@ -27,7 +27,7 @@ from pared.quantize.affine import (
 )
 from pared.quantize.folding import TRANSPOSED, store, tensor_of
 from pared.quantize.placement import Anchor, Placement, behind, clip_of
-from pared.quantize.saturation import safe_scale
+from pared.quantize.saturation import groups_of, safe_scale
 from pared.step import Saturating, Scheme
 
 OPERATORS = torch.ops.quantized_decomposed
@@ -98,7 +98,8 @@ def emit_weights(
         axis = 1 if operator(node) in TRANSPOSED else 0
         scale = choose_qparams(weight, numbers, symmetric=True, axis=axis).scale.flatten()
         if saturating != "no":
-            scale = torch.maximum(scale, safe_scale(weight, node, any_pair=saturating == "any"))
+            by_channel, any_pair = weight.transpose(0, axis), saturating == "any" or axis == 1
+            scale = torch.maximum(scale, safe_scale(by_channel, groups=groups_of(node), any_pair=any_pair))
         with graph.graph.inserting_before(node):
             if bias is not None and scale.numel() == bias.numel():
                 scale = fit_bias(scale, bias, x_scale)
