@@ -24,6 +24,8 @@ SCHEME = dataclasses.replace(
     # Its integer layers can all write float, also with an activation fused in.
     whole=frozenset(),
     float_activations=True,
+    # oneDNN's kernels without VNNI add products in pairs, in an order of their own.
+    saturating="any",
     # It runs these inside the layer before them, on the accumulator: an integer tensor between would only cost.
     absorbed=ONNXRUNTIME.absorbed
     | {
