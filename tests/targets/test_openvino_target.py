@@ -161,6 +161,9 @@ FUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "hardswish": (lambda: between(nn.Hardswish()), IMAGE, {"Eltwise f32", "Convert u8"}),
     "sigmoid": (lambda: between(nn.Sigmoid()), IMAGE, {"Eltwise f32", "Convert u8"}),
     "leaky": (lambda: between(nn.LeakyReLU()), IMAGE, {"Eltwise f32", "Convert u8"}),
+    "tanh": (lambda: between(nn.Tanh()), IMAGE, {"Eltwise f32", "Convert u8"}),
+    "elu": (lambda: between(nn.ELU()), IMAGE, {"Eltwise f32", "Convert u8"}),
+    "hardsigmoid": (lambda: between(nn.Hardsigmoid()), IMAGE, {"Eltwise f32", "Convert u8"}),
     "max_pool": (lambda: between(nn.ReLU(), nn.MaxPool2d(2)), IMAGE, {"Pooling f32", "Convert u8"}),
     "average_pool": (lambda: between(nn.ReLU(), nn.AvgPool2d(2)), IMAGE, {"Pooling f32", "Convert u8"}),
     "concat": (
