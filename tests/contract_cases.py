@@ -90,6 +90,18 @@ CASES = [
         },
         candidates=weighted,
     ),
+    Case(
+        pared.QuantizeDynamic(),
+        {
+            "weights": "per_tensor",
+            "activations": "per_tensor",
+            "bits": 4,
+            "include": ["0", "2"],
+            "exclude": ["4"],
+        },
+        candidates=weighted,
+        on="mlp",
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.static import QuantizeStatic
     from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
@@ -23,6 +24,7 @@ HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
     "ParedError": "pared.errors",
+    "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
     "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
@@ -40,6 +42,7 @@ __all__ = [
     "Artifact",
     "Budget",
     "ParedError",
+    "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
     "Recipe",

@@ -41,11 +41,13 @@ COVERING = {
         "dict_output",
     ],
     "QuantizeWeights": ["attention_fused_qkv", "tied_weights", "grouped", "lstm"],
+    "QuantizeDynamic": ["attention_fused_qkv", "tied_weights", "lstm"],
 }
 SHIPPED = {
     "Train": ["tied_weights"],
     "QuantizeStatic": ["module_with_two_names", "dict_output"],
     "QuantizeWeights": ["tied_weights"],
+    "QuantizeDynamic": ["tied_weights"],
 }
 
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from pared.activations import SecondMoments, input_rows
-from pared.quantize.calibrate import CHUNK, calibrate, first_samples
+from pared.quantize.calibrate import CHUNK, calibrate, first_samples, tell
 from pared.quantize.coding import Code, activation_qparams, encode
 from pared.quantize.correction import CorrectBias, InputMean, correct_fast, correct_full, correctable
+from pared.quantize.doubts import Growth, warn
 from pared.quantize.equalize import Equalize, equalize, rescale
 from pared.quantize.facts import from_fact, to_fact
 from pared.quantize.folding import tensor_of
 from pared.quantize.formats import Activations, Weights
+from pared.quantize.measured import find_ranges
 from pared.quantize.placement import Placement
+from pared.quantize.ranges import Auto
 from pared.quantize.repair import Repair
 from pared.quantize.rounding import AdaRound, Stochastic, adaround, stochastic
 from pared.quantize.simulate import Numbers
@@ -47,6 +50,11 @@ class Several:
         """Show the tensor to each of them."""
         for part in self.parts:
             part.update(x)
+
+    def update_at(self, x: Tensor, first: int, samples: int) -> None:
+        """The same, with their place in the data."""
+        for part in self.parts:
+            tell(part, x, first, samples)
 
 
 class InputMoments:
@@ -144,6 +152,8 @@ class Choice:
 
     def calibrate(self) -> dict[str, Any]:
         """Ranges of activations, and on the way what roundings and corrections want to know of each layer's input."""
+        if isinstance(self.ranges, Auto):
+            self.ctx.task.require("validation", 'QuantizeStatic(ranges="auto")')
         observers = {name: self.ranges.observer() for name in dict.fromkeys(self.placement.tensors.values())}
         inputs = self.input_observers()
         shown: dict[str, list[Any]] = {name: [observer] for name, observer in observers.items()}
@@ -151,8 +161,24 @@ class Choice:
         for name, observer in inputs.items():
             shown.setdefault(nodes[name].args[0].name, []).append(observer)  # type: ignore[union-attr]
         together = {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in shown.items()}
-        self.facts["samples"] = calibrate(self.graph, together, self.batches(), self.ctx.progress)
-        self.facts["ranges"] = {name: list(self.ranges.range(seen)) for name, seen in observers.items()}
+        growth = Growth(observers)
+        ordered = isinstance(self.formats.weights.rounding, AdaRound)
+        self.facts["samples"] = calibrate(
+            self.graph, together, self.batches(), self.ctx.progress, growth.look, ordered=ordered
+        )
+        form, scheme = self.formats.activations, self.formats.scheme
+        ranges, measured = find_ranges(
+            self.ranges,
+            self.graph,
+            self.placement,
+            observers,
+            form.grid(scheme),
+            self.ctx,
+            symmetric=form.is_symmetric(scheme),
+        )
+        self.facts["ranges"] = {name: list(ends) for name, ends in ranges.items()}
+        self.facts |= measured
+        self.facts["warnings"] = warn(self.graph, growth, self.facts["samples"], self.ctx)
         return inputs
 
     def input_observers(self) -> dict[str, Any]:

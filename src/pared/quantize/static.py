@@ -18,11 +18,13 @@ from pared.quantize.formats import Activations, Weights
 from pared.quantize.norms import write_norms_as_convolutions
 from pared.quantize.placement import Placement, place
 from pared.quantize.program import nothing_to_quantize, prepare
-from pared.quantize.ranges import RANGES, MinMax, Percentile
+from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
 from pared.quantize.search import Sensitivity, keep_fragile, measure
 from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+
+Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
 
 
 def named_ranges(value: Any) -> Any:
@@ -45,11 +47,12 @@ class QuantizeStatic:
     trains: ClassVar[bool] = False
 
     ranges: Annotated[
-        MinMax | Percentile,
-        pydantic.Field(discriminator="kind", description="How to choose activation ranges: minmax or percentile."),
-        pydantic.BeforeValidator(
-            named_ranges, json_schema_input_type=Literal["minmax", "percentile"] | MinMax | Percentile
+        AnyRanges,
+        pydantic.Field(
+            discriminator="kind",
+            description=f"How to choose activation ranges: {', '.join(RANGES)}.",
         ),
+        pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
     weights: Annotated[Weights, pydantic.Field(description="How weights become integers.")] = Weights()
     activations: Annotated[Activations, pydantic.Field(description="How activations become integers.")] = Activations()
@@ -92,7 +95,7 @@ class QuantizeStatic:
     @property
     def needs(self) -> frozenset[Need]:
         """Calibration data; validation data where they decide."""
-        decides = self.max_drop is not None or self.sensitivity is not None
+        decides = self.max_drop is not None or self.sensitivity is not None or isinstance(self.ranges, Auto)
         return frozenset({"calibration", "validation"}) if decides else frozenset({"calibration"})
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:

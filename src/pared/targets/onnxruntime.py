@@ -54,6 +54,8 @@ SCHEME = Scheme(
     saturating="neighbours",
     # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
+    # Its ConvInteger runs slower than a float convolution.
+    dynamic=frozenset({"aten.linear", "aten.embedding"}),
     norms_as_convolutions=True,
 )
 
@@ -73,10 +75,11 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        from pared.targets import onnx_weights
+        from pared.targets import onnx_dynamic, onnx_weights
 
-        rewritten = onnx_weights.with_weight_operators(model)
-        proto = to_onnx(rewritten, task, self.name, table=onnx_weights.table(), finish=onnx_weights.unfold)
+        rewritten = onnx_dynamic.with_dynamic_operators(onnx_weights.with_weight_operators(model))
+        table = {**onnx_weights.table(), **onnx_dynamic.table()}
+        proto = to_onnx(rewritten, task, self.name, table=table, finish=onnx_weights.unfold)
         protect(proto.graph)
         path.write_bytes(checked(proto, self.name))
 
@@ -115,8 +118,8 @@ def to_onnx(
     with quiet(), hushed():
         try:
             exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
-                )
+                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     if exported is None:
