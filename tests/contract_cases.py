@@ -75,8 +75,32 @@ CASES = [
     ),
     Case(
         pared.QuantizeStatic(),
-        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3},
+        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3, "cpu": "any"},
         candidates=weighted,
+    ),
+    Case(
+        pared.QuantizeWeights(),
+        {
+            "bits": 8,
+            "group_size": None,
+            "symmetric": True,
+            "method": "nearest",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
+    Case(
+        pared.QuantizeDynamic(),
+        {
+            "weights": "per_tensor",
+            "activations": "per_tensor",
+            "bits": 4,
+            "include": ["0", "2"],
+            "exclude": ["4"],
+        },
+        candidates=weighted,
+        on="mlp",
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.static import QuantizeStatic
+    from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
     from pared.report.data import Report
     from pared.task import Task
@@ -22,7 +24,9 @@ HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
     "ParedError": "pared.errors",
+    "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
+    "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
     "Report": "pared.report.data",
     "Task": "pared.task",
@@ -38,7 +42,9 @@ __all__ = [
     "Artifact",
     "Budget",
     "ParedError",
+    "QuantizeDynamic",
     "QuantizeStatic",
+    "QuantizeWeights",
     "Recipe",
     "Report",
     "Task",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -282,6 +283,38 @@ def convolution_rows(
     return patches.movedim((1, 0, 3), (0, 1, 2)).reshape(groups, x.shape[0] * patches.shape[3], -1)
 
 
+def convolution_mean(
+    x: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int] | str = "valid",
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Mean of `convolution_rows` over samples and positions, without making the rows.
+
+    Returns:
+        float64, shape (groups, channels / groups * kernel).
+
+    Example:
+        >>> convolution_mean(torch.arange(4.0).reshape(1, 1, 4), [2], stride=[2], dilation=[1]).tolist()
+        [[1.0, 2.0]]
+    """
+    space = len(kernel)
+    image = torch.nn.functional.pad(x.mean(0), pads(kernel, padding, dilation))
+    means = []
+    for tap in itertools.product(*map(range, kernel)):
+        part = image
+        for d in range(space):
+            first = tap[d] * dilation[d]
+            count = (image.shape[1 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            part = part.narrow(1 + d, first, (count - 1) * stride[d] + 1)
+            part = part[(slice(None),) * (1 + d) + (slice(None, None, stride[d]),)]
+        means.append(part.flatten(1).mean(1, dtype=torch.float64))
+    return torch.stack(means, 1).reshape(groups, -1)
+
+
 def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
     """A convolution's padding as `torch.nn.functional.pad` takes it: before and after, last dimension first."""
     sides = []
@@ -324,6 +357,22 @@ def input_rows(node: fx.Node, x: Tensor, positions: int | None = None) -> Tensor
     """
     if operator(node) == "aten.linear":
         return linear_rows(x)
+    kernel, given = geometry(node)
+    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
+    return convolution_rows(x, kernel, **given, positions=positions)
+
+
+def input_mean(node: fx.Node, x: Tensor) -> Tensor:
+    """Mean of `input_rows`, float64: shape (columns,) for a linear layer, (groups, columns) for a convolution."""
+    if operator(node) == "aten.linear":
+        return linear_rows(x).mean(0, dtype=torch.float64)
+    kernel, given = geometry(node)
+    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
+    return convolution_mean(x, kernel, **given)
+
+
+def geometry(node: fx.Node) -> tuple[list[int], dict[str, Any]]:
+    """A captured convolution's kernel, and its settings one number a dimension, as `convolution_rows` takes them."""
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -335,13 +384,9 @@ def input_rows(node: fx.Node, x: Tensor, positions: int | None = None) -> Tensor
             return [value] * len(kernel)
         return value * len(kernel) if not isinstance(value, str) and len(value) == 1 else value
 
-    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
-    return convolution_rows(
-        x,
-        kernel,
-        stride=each("stride", 1),
-        padding=each("padding", 0),
-        dilation=each("dilation", 1),
-        groups=given.get("groups", 1),
-        positions=positions,
-    )
+    return kernel, {
+        "stride": each("stride", 1),
+        "padding": each("padding", 0),
+        "dilation": each("dilation", 1),
+        "groups": given.get("groups", 1),
+    }

@@ -119,6 +119,8 @@ class Scheme:
         float_activations: True where an integer layer with an absorbed activation may write float.
         summed: Joining operators that the runtime computes on the accumulator of a convolution before them, which then
             needs no integer output of its own.
+        weight_only: Operators whose weight alone may be integers, beside float activations.
+        dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -134,6 +136,8 @@ class Scheme:
     weight_zero_points: bool = False
     float_activations: bool = False
     summed: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
 
 
 class InputSpec(Protocol):

@@ -92,7 +92,11 @@ def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task, limits: Mapping
         if not isinstance(value, Tensor):
             return None
         named = {0: "batch", **task.dynamic_of(name)}
-        return {d: dims.setdefault(label, Dim(label, max=limits.get(label))) for d, label in named.items()}
+        for label in named.values():
+            if label in limits:
+                dims.setdefault(label, Dim(label, max=limits[label]))
+        # Without a limit of the runtime's, a further dimension has the range that the model itself allows.
+        return {d: dims.get(label, Dim.DYNAMIC) for d, label in named.items()}
 
     args = [spec(str(i), value) for i, value in enumerate(inputs.args)]
     kwargs = {name: spec(name, value) for name, value in inputs.kwargs.items()}

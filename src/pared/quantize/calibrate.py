@@ -75,6 +75,8 @@ def calibrate(
     observers: Mapping[str, Any],
     batches: Iterable[Batch],
     progress: Progress = silent,
+    *,
+    ordered: bool = False,
     paused: Callable[[int], None] | None = None,
 ) -> int:
     """Show every calibration sample to the observers.
@@ -84,6 +86,7 @@ def calibrate(
         observers: Objects with `update(tensor)`, to which the order of the samples makes no difference, or with
             `update_at(tensor, first, samples)`, which says where in the data the samples stand.
         batches: Calibration data, of any batch sizes.
+        ordered: Show the samples in their order, for observers that sum floats.
         paused: Called with the number of samples seen so far, after some 32 each time, while no observer changes.
 
     Returns:
@@ -107,7 +110,7 @@ def calibrate(
             count += batch.inputs.size
             progress("calibrate", count, 0, f"{count} samples")
 
-    samples = show(graph, observers, noted(), paused)
+    samples = show(graph, observers, noted(), paused, workers=1 if ordered else WORKERS)
     if not varied and samples > 1:
         raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
     progress("calibrate", samples, samples, f"{samples} samples")
@@ -119,11 +122,13 @@ def show(
     observers: Mapping[str, Any],
     batches: Iterable[Batch],
     paused: Callable[[int], None] | None = None,
+    *,
+    workers: int = WORKERS,
 ) -> int:
     """Show samples to the observers, whatever they are. See `calibrate`."""
     show_part = functools.partial(show_chunk, graph, observers, {name: threading.Lock() for name in observers})
     samples = 0
-    with one_core_each() as pool:
+    with one_core_each(workers) as pool:
         for index, batch in enumerate(batches):
             try:
                 for piece in batch.inputs.chunks(PIECE):
@@ -153,17 +158,17 @@ def show_chunk(
 
 
 @contextlib.contextmanager
-def one_core_each() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as PyTorch may use, and PyTorch on one core in each.
+def one_core_each(most: int = WORKERS) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch may use, up to `most`, and PyTorch on one core in each; one thread gets all cores.
 
     Threads that share one operator wait for the slowest at its end, spinning: beside a busy process, that made
     calibration seven times slower. Samples need not wait for one another, and their results do not depend on how many
     threads there are.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if most > 1 else threads)
     try:
-        with ThreadPoolExecutor(min(threads, WORKERS)) as pool:
+        with ThreadPoolExecutor(min(threads, most)) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)

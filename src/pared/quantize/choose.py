@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,9 +122,8 @@ class Choice:
     ctx: Context
     facts: dict[str, Any]
 
-    def all(self) -> Numbers:
-        """Decide everything; the facts have the time of each part under "seconds"."""
-        self.facts["seconds"] = {}
+    def all(self) -> None:
+        """Decide everything."""
         for repair in self.repairs:
             if isinstance(repair, Equalize):
                 self.equalize(repair)
@@ -134,36 +132,26 @@ class Choice:
         inputs = self.calibrate()
         self.round(inputs)
         self.correct(inputs)
-        return numbers_of(self.graph, self.placement, self.facts, self.formats)
 
     def batches(self) -> Any:
         """Calibration data, as many as asked for."""
         return first_samples(self.ctx.task.batches("calibration", STEP), self.samples)
 
-    def timed(self, what: str, start: float) -> None:
-        """Write down how long a part took."""
-        self.facts["seconds"][what] = round(time.monotonic() - start, 3)
-
     def equalize(self, repair: Equalize) -> None:
         """Cross-layer equalization; needs no data."""
-        start = time.monotonic()
         scales = equalize(self.graph, self.placement.anchors, repair)
         self.facts["equalized"] = {name: to_fact(scale) for name, scale in scales.items()}
-        self.timed("equalize", start)
 
     def migrate(self, repair: Migrate) -> None:
         """Migration behind layer norms, from the reach of each of their channels."""
-        start = time.monotonic()
         reaches = {norm.name: ChannelReach() for norm, _ in norms(self.graph, self.placement.anchors)}
         if reaches:
             calibrate(self.graph, reaches, self.batches(), self.ctx.progress)
         scales = migrate(self.graph, self.placement.anchors, reaches, repair.alpha)
         self.facts["migrated"] = {name: to_fact(scale) for name, scale in scales.items()}
-        self.timed("migrate", start)
 
     def calibrate(self) -> dict[str, Any]:
         """Ranges of activations, and on the way what roundings and corrections want to know of each layer's input."""
-        start = time.monotonic()
         if isinstance(self.ranges, Auto):
             self.ctx.task.require("validation", 'QuantizeStatic(ranges="auto")')
         observers = {name: self.ranges.observer() for name in dict.fromkeys(self.placement.tensors.values())}
@@ -174,9 +162,7 @@ class Choice:
             shown.setdefault(nodes[name].args[0].name, []).append(observer)  # type: ignore[union-attr]
         together = {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in shown.items()}
         growth = Growth(observers)
-        self.facts["samples"] = calibrate(self.graph, together, self.batches(), self.ctx.progress, growth.look)
-        self.timed("calibrate", start)
-        start = time.monotonic()
+        self.facts["samples"] = calibrate(self.graph, together, self.batches(), self.ctx.progress, paused=growth.look)
         form, scheme = self.formats.activations, self.formats.scheme
         ranges, measured = find_ranges(
             self.ranges,
@@ -189,7 +175,6 @@ class Choice:
         )
         self.facts["ranges"] = {name: list(ends) for name, ends in ranges.items()}
         self.facts |= measured
-        self.timed("ranges", start)
         self.facts["warnings"] = warn(self.graph, growth, self.facts["samples"], self.ctx)
         return inputs
 
@@ -213,7 +198,6 @@ class Choice:
 
     def round(self, inputs: Mapping[str, Any]) -> None:
         """Choose the direction of every weight, where it is not the nearest."""
-        start = time.monotonic()
         rounding = self.formats.weights.rounding
         if not isinstance(rounding, (Stochastic, AdaRound)):
             return
@@ -227,7 +211,6 @@ class Choice:
             elif name in inputs:
                 up[name] = self.adaround(nodes[name], steps, inputs[name].moments, rounding)
         self.facts["up"] = {name: to_fact(value) for name, value in up.items()}
-        self.timed("round", start)
 
     def adaround(self, node: fx.Node, steps: Tensor, moments: SecondMoments, rounding: AdaRound) -> Tensor:
         """The rounding of one layer, each group of channels by the moments of its own inputs."""
@@ -242,7 +225,6 @@ class Choice:
 
     def correct(self, inputs: Mapping[str, Any]) -> None:
         """Correct biases, if asked for."""
-        start = time.monotonic()
         full = self.correction("full")
         if full is None and self.correction("fast") is None:
             return
@@ -256,7 +238,6 @@ class Choice:
             means = {name: seen.moments if isinstance(seen, InputMoments) else seen for name, seen in inputs.items()}
             found = correct_fast(self.graph, self.placement.anchors, numbers.codes, means)
         self.facts["corrections"] = {name: to_fact(value) for name, value in found.items()}
-        self.timed("correct", start)
 
 
 def columns_of(node: fx.Node) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -20,7 +20,6 @@ from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
 from pared.quantize.search import Sensitivity, keep_fragile, measure
-from pared.quantize.simulate import Numbers
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
 Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
@@ -79,10 +78,10 @@ class QuantizeStatic:
         pydantic.Field(description="Measure what each layer costs alone; with max_drop it is measured anyway."),
     ] = None
     cpu: Annotated[
-        Literal["here", "any"],
+        Literal["here", "any", "vnni"],
         pydantic.Field(
             description="Where the file must be right: any: on every processor, at some precision of the weights, for"
-            " 8-bit products saturate on x86 without VNNI; here: that only if this processor is such a one."
+            " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
         ),
     ] = "here"
 
@@ -102,7 +101,7 @@ class QuantizeStatic:
         graph, placement, folded, idle = self.prepare(model, ctx)
         facts: dict[str, Any] = {"folded": folded, "ranges": {}, "any_cpu": self.must_suit_any_cpu(ctx), "kept": []}
         if not ctx.dry:
-            numbers = Choice(
+            Choice(
                 graph=graph,
                 placement=placement,
                 ranges=self.ranges,
@@ -112,7 +111,7 @@ class QuantizeStatic:
                 ctx=ctx,
                 facts=facts,
             ).all()
-            placement = self.guard(graph, numbers, ctx, facts)
+            placement = self.guard(graph, placement, ctx, facts)
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         bits = self.weights.bits
         return Plan(
@@ -140,14 +139,15 @@ class QuantizeStatic:
         emit(graph, placement, numbers.qparams, numbers.grid, numbers.codes, ctx.target.scheme)
         return graph
 
-    def formats(self, ctx: Context, facts: dict[str, Any] | Any) -> Formats:
+    def formats(self, ctx: Context, facts: Mapping[str, Any]) -> Formats:
         """How numbers become integers in a plan with these facts."""
         return Formats(self.weights, self.activations, ctx.target.scheme, facts["any_cpu"])
 
     def must_suit_any_cpu(self, ctx: Context) -> bool:
         """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
         # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
-        return ctx.target.scheme.saturating != "no" and (self.cpu == "any" or saturates_here() is not False)
+        here = self.cpu == "here" and saturates_here() is not False
+        return ctx.target.scheme.saturating != "no" and (self.cpu == "any" or here)
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str], list[Skip]]:
         """The captured graph, what becomes integers in it, the norms that were folded, and the layers that do not run."""
@@ -164,13 +164,13 @@ class QuantizeStatic:
         placement = place(graph, scheme, include=self.include, exclude=(*self.exclude, *kept))
         return dataclasses.replace(placement, skips=tuple(explained(skip, kept) for skip in placement.skips))
 
-    def guard(self, graph: fx.GraphModule, numbers: Numbers, ctx: Context, facts: dict[str, Any]) -> Placement:
+    def guard(self, graph: fx.GraphModule, placement: Placement, ctx: Context, facts: dict[str, Any]) -> Placement:
         """Measure what each layer costs alone, and keep the most fragile in float, as far as the settings ask for it."""
         if self.max_drop is None and self.sensitivity is None:
-            return numbers.placement
+            return placement
         setting = self.sensitivity or Sensitivity()
-        start = time.monotonic()
-        deadline = start + setting.seconds
+        deadline = time.monotonic() + setting.seconds
+        numbers = numbers_of(graph, placement, facts, self.formats(ctx, facts))
         fragile, samples = measure(graph, numbers, ctx, setting, deadline)
         facts["sensitivity"] = {"samples": samples, "layers": [dataclasses.asdict(row) for row in fragile]}
         if self.max_drop is not None:
@@ -182,7 +182,6 @@ class QuantizeStatic:
                 max_drop=self.max_drop,
                 deadline=deadline,
             )
-        facts["seconds"]["sensitivity"] = round(time.monotonic() - start, 3)
         return self.without(graph, ctx, facts["kept"])
 
 

@@ -7,8 +7,9 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
@@ -51,6 +52,10 @@ SCHEME = Scheme(
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
     saturating="neighbours",
+    # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
+    weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
+    # Its ConvInteger runs slower than a float convolution.
+    dynamic=frozenset({"aten.linear", "aten.embedding"}),
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -69,7 +74,11 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        proto = to_onnx(model, task, self.name)
+        from pared.targets import onnx_dynamic, onnx_weights
+
+        rewritten = onnx_dynamic.with_dynamic_operators(onnx_weights.with_weight_operators(model))
+        table = {**onnx_weights.table(), **onnx_dynamic.table()}
+        proto = to_onnx(rewritten, task, self.name, table=table, finish=onnx_weights.unfold)
         protect(proto.graph)
         path.write_bytes(checked(proto, self.name))
 
@@ -78,8 +87,27 @@ class OnnxRuntime:
         return open_session(self.name, path, threads=threads)
 
 
-def to_onnx(model: nn.Module, task: Task, target: str) -> Any:
-    """`model` as an ONNX model, anonymous, its free dimensions named. Raises: CaptureError, TargetError."""
+def to_onnx(
+    model: nn.Module,
+    task: Task,
+    target: str,
+    *,
+    table: Mapping[Any, Any] = MappingProxyType({}),
+    finish: Callable[[Any], None] | None = None,
+) -> Any:
+    """`model` as an ONNX model, anonymous, its free dimensions named.
+
+    Args:
+        model: Captured anew.
+        task: Gives the example inputs and the names of dimensions.
+        target: For messages.
+        table: Translations of operators that PyTorch's exporter does not know.
+        finish: Changes the model before names and notes are taken out of it.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        TargetError: It cannot be written as ONNX.
+    """
     import torch
 
     from pared.graph.capture import capture, quiet
@@ -88,12 +116,16 @@ def to_onnx(model: nn.Module, task: Task, target: str) -> Any:
     program = decompose_sparingly(capture(model, task))
     with quiet(), hushed():
         try:
-            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            exported = torch.onnx.export(
+                    program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+                )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     if exported is None:
         raise TargetError(f"{target}: the exporter returned nothing")
     proto = exported.model_proto
+    if finish is not None:
+        finish(proto)
     strip(proto)
     name_dimensions(proto.graph, task)
     return proto
