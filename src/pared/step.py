@@ -121,6 +121,7 @@ class Scheme:
             needs no integer output of its own.
         weight_only: Operators whose weight alone may be integers, beside float activations.
         dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
+        norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -138,6 +139,7 @@ class Scheme:
     summed: frozenset[str] = frozenset()
     weight_only: frozenset[str] = frozenset()
     dynamic: frozenset[str] = frozenset()
+    norms_as_convolutions: bool = False
 
 
 class InputSpec(Protocol):

@@ -56,7 +56,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
         rows = [(module, ", ".join(made)) for module, made in kinds.items()]
         rows += [(skip.module, f"stays: {skip.reason}") for skip in plan.skips]
         say(f"{number} {plan.step}: {counted}")
-        say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing", "")
+        say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing")
+        say(*(f"  {warning}" for warning in plan.facts.get("warnings", ())), "")
 
 
 def print_counts(rows: Sequence[LayerCount]) -> None:

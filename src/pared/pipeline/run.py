@@ -214,6 +214,7 @@ class Run:
             layers=layer_table(counts, plans),
             measured=not self.missing,
             why=self.missing and self.missing + ("; accuracy and speed could not be judged" if block else ""),
+            warnings=tuple(plan.facts.get("warnings", ())) if plan else (),
             metrics=stage.facts["metrics"],
             **timed,
             size_bytes=stage.facts["size_bytes"],

@@ -75,9 +75,9 @@ def calibrate(
     observers: Mapping[str, Any],
     batches: Iterable[Batch],
     progress: Progress = silent,
+    paused: Callable[[int], None] | None = None,
     *,
     ordered: bool = False,
-    paused: Callable[[int], None] | None = None,
 ) -> int:
     """Show every calibration sample to the observers.
 
@@ -86,8 +86,8 @@ def calibrate(
         observers: Objects with `update(tensor)`, to which the order of the samples makes no difference, or with
             `update_at(tensor, first, samples)`, which says where in the data the samples stand.
         batches: Calibration data, of any batch sizes.
-        ordered: Show the samples in their order, for observers that sum floats.
         paused: Called with the number of samples seen so far, after some 32 each time, while no observer changes.
+        ordered: Show the samples in their order, for observers that sum floats.
 
     Returns:
         Number of samples seen.
@@ -110,7 +110,7 @@ def calibrate(
             count += batch.inputs.size
             progress("calibrate", count, 0, f"{count} samples")
 
-    samples = show(graph, observers, noted(), paused, workers=1 if ordered else WORKERS)
+    samples = show(graph, observers, noted(), paused, ordered=ordered)
     if not varied and samples > 1:
         raise DataError(f"all {samples} calibration samples are identical; give real, varied data")
     progress("calibrate", samples, samples, f"{samples} samples")
@@ -123,12 +123,12 @@ def show(
     batches: Iterable[Batch],
     paused: Callable[[int], None] | None = None,
     *,
-    workers: int = WORKERS,
+    ordered: bool = False,
 ) -> int:
     """Show samples to the observers, whatever they are. See `calibrate`."""
     show_part = functools.partial(show_chunk, graph, observers, {name: threading.Lock() for name in observers})
     samples = 0
-    with one_core_each(workers) as pool:
+    with one_core_each(1 if ordered else WORKERS) as pool:
         for index, batch in enumerate(batches):
             try:
                 for piece in batch.inputs.chunks(PIECE):

@@ -162,7 +162,10 @@ class Choice:
             shown.setdefault(nodes[name].args[0].name, []).append(observer)  # type: ignore[union-attr]
         together = {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in shown.items()}
         growth = Growth(observers)
-        self.facts["samples"] = calibrate(self.graph, together, self.batches(), self.ctx.progress, paused=growth.look)
+        ordered = isinstance(self.formats.weights.rounding, AdaRound)
+        self.facts["samples"] = calibrate(
+            self.graph, together, self.batches(), self.ctx.progress, growth.look, ordered=ordered
+        )
         form, scheme = self.formats.activations, self.formats.scheme
         ranges, measured = find_ranges(
             self.ranges,

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
+from pared.quantize.constants import fold_constants
 from pared.quantize.folding import fold_batch_norms
 from pared.step import Skip
 from pared.task import Task
@@ -41,6 +42,7 @@ def prepare(
     idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
     check_finite(graph)
     own_tensors(graph)
+    idle += [Skip(name, "its result does not depend on the input, so it is stored") for name in fold_constants(graph)]
     return graph, fold_batch_norms(graph) if fold else [], idle
 
 

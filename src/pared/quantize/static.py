@@ -15,11 +15,13 @@ from pared.measure.processor import saturates_here
 from pared.quantize.choose import Choice, Formats, numbers_of, transform
 from pared.quantize.emission import emit
 from pared.quantize.formats import Activations, Weights
+from pared.quantize.norms import write_norms_as_convolutions
 from pared.quantize.placement import Placement, place
 from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
 from pared.quantize.search import Sensitivity, keep_fragile, measure
+from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
 Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
@@ -114,6 +116,8 @@ class QuantizeStatic:
             placement = self.guard(graph, placement, ctx, facts)
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         bits = self.weights.bits
+        work = work_of(graph, placement, ctx.target.scheme)
+        facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "warnings": warnings_of(work)}
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),
@@ -153,6 +157,8 @@ class QuantizeStatic:
         """The captured graph, what becomes integers in it, the norms that were folded, and the layers that do not run."""
         fold = any(isinstance(repair, FoldBatchNorms) for repair in self.repairs)
         graph, folded, idle = prepare(model, ctx.task, "QuantizeStatic", fold=fold)
+        if fold:
+            write_norms_as_convolutions(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         placement = self.without(graph, ctx, [])
         if not placement.anchors:
             raise nothing_to_quantize("QuantizeStatic", placement.skips)

@@ -56,6 +56,7 @@ SCHEME = Scheme(
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     # Its ConvInteger runs slower than a float convolution.
     dynamic=frozenset({"aten.linear", "aten.embedding"}),
+    norms_as_convolutions=True,
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -117,8 +118,8 @@ def to_onnx(
     with quiet(), hushed():
         try:
             exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
-                )
+                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     if exported is None:
