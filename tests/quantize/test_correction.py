@@ -54,7 +54,7 @@ def test_a_corrected_layer_has_the_mean_output_of_the_float_one(name: str) -> No
     data = [torch.rand(6, *shape), torch.rand(3, *shape)]  # one-sided, so that errors do not cancel
     channels = layer.weight.shape[0]
     both = torch.cat(data)
-    form = {"weights": {"bits": 4}, "cpu": "vnni"}
+    form = {"weights": {"bits": 4, "cpu": "vnni"}}
     with torch.no_grad():
         exact = means(layer(both), channels)
         plain = means(plan_of(layer, data, repairs=(), **form)[1](both), channels)
@@ -98,7 +98,7 @@ def test_full_correction_repairs_what_earlier_layers_shifted() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     model = nn.Sequential(*layers).eval()
     data = [torch.rand(16, 3, 12, 12)]
-    form = {"weights": {"bits": 3}, "cpu": "vnni"}
+    form = {"weights": {"bits": 3, "cpu": "vnni"}}
     full = {"kind": "correct_bias", "method": "full", "samples": 16}
     with torch.no_grad():
         exact = means(model(data[0]), 4)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from pared.errors import DataError, ModelError, PlanError, QuantizeError, SettingError
 from pared.graph.capture import capture, operator
-from pared.quantize import emission
+from pared.quantize import emission, static
 from pared.quantize.program import own_tensors
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
@@ -93,7 +93,7 @@ def test_program_equals_integer_arithmetic_written_out(monkeypatch: pytest.Monke
     conv, linear = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
     data = [torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)]
-    program, _ = quantized(model, data, QuantizeStatic(repairs=(), cpu="vnni"))
+    program, _ = quantized(model, data, QuantizeStatic(repairs=(), weights={"cpu": "vnni"}))
     everything = torch.cat(data)
     hidden = torch.relu(conv(everything)).detach().numpy()
     x_scale, x_zero = affine(everything.min().item(), everything.max().item())
@@ -310,7 +310,7 @@ WRONG: list[dict[str, Any]] = [
     {"weights": {"rounding": "up"}},
     {"repairs": ["equalise"]},
     {"repairs": ["equalize", "equalize"]},
-    {"cpu": "avx2"},
+    {"weights": {"cpu": "avx2"}},
 ]
 
 
@@ -377,7 +377,7 @@ def test_weights_saturate_nowhere_when_the_processor_or_the_user_asks(
     monkeypatch: pytest.MonkeyPatch, cpu: Any, here: bool | None, safe: bool
 ) -> None:
     monkeypatch.setattr(static, "saturates_here", lambda: here)
-    model, step = nn.Sequential(nn.Linear(32, 8)).eval(), QuantizeStatic(cpu=cpu)
+    model, step = nn.Sequential(nn.Linear(32, 8)).eval(), QuantizeStatic(weights={"cpu": cpu})
     ctx = context(model, [torch.randn(8, 32)])
     plan = step.plan(model, ctx)
     assert plan.facts["any_cpu"] is safe

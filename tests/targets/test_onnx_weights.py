@@ -53,8 +53,11 @@ class Reader(nn.Module):
         return logits
 
 
+NEAREST = QuantizeWeights(method="nearest")
+
+
 @functools.cache
-def exported(step: QuantizeWeights = QuantizeWeights(method="nearest")) -> tuple[Any, nn.Module, nn.Module, Tensor]:
+def exported(step: QuantizeWeights = NEAREST) -> tuple[Any, nn.Module, nn.Module, Tensor]:
     """The file, the model, its program and its inputs."""
     with tempfile.TemporaryDirectory() as folder:
         return export_to(Path(folder) / "model.onnx", step)
