@@ -90,6 +90,16 @@ CASES = [
         },
         candidates=weighted,
     ),
+    Case(
+        pared.CastHalf(),
+        {
+            "dtype": "bfloat16",
+            "activations": True,
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
 ]
 BY_NAME = {case.name: case for case in CASES}
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
     from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
+    "CastHalf": "pared.quantize.half",
     "ParedError": "pared.errors",
     "QuantizeStatic": "pared.quantize.static",
     "QuantizeWeights": "pared.quantize.weights",
@@ -39,6 +41,7 @@ HOMES = {
 __all__ = [
     "Artifact",
     "Budget",
+    "CastHalf",
     "ParedError",
     "QuantizeStatic",
     "QuantizeWeights",

@@ -110,6 +110,8 @@ class Scheme:
         following: Operators that pass on the quantization of their input (pooling by maximum, reshapes).
         absorbed: Activations that the runtime fuses into the operator before them.
         weight_only: Operators whose weight alone may be integers, beside float activations.
+        halves: Of "float16" and "bfloat16", what the runtime takes.
+        fast_halves: Of these, what it computes faster than float32.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -120,6 +122,8 @@ class Scheme:
     following: frozenset[str]
     absorbed: frozenset[str]
     weight_only: frozenset[str] = frozenset()
+    halves: frozenset[str] = frozenset()
+    fast_halves: frozenset[str] = frozenset()
 
 
 class InputSpec(Protocol):
