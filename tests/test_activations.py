@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pared.activations import Extremes, Histogram, SecondMoments, convolution_rows, input_rows, linear_rows, spread
+from pared.activations import (
+    Extremes,
+    Histogram,
+    RunningExtremes,
+    SecondMoments,
+    convolution_rows,
+    input_rows,
+    linear_rows,
+    spread,
+)
 from pared.errors import DataError
 
 VALUES = st.floats(-(2.0**127), 2.0**127, width=32)
@@ -153,6 +162,42 @@ def test_update_takes_any_shape_and_narrow_types() -> None:
     histogram.update(torch.full((2, 3, 4), 0.25, dtype=torch.bfloat16).transpose(0, 2))
     assert histogram.counts.sum().item() == 25
     assert (histogram.extremes.low, histogram.extremes.high) == (0.25, 0.5)
+
+
+def test_histogram_counts_exact_zeros_whatever_the_width() -> None:
+    histogram = counted([torch.zeros(3), torch.tensor([0.0, -0.0, 1e-40, 5.0]), torch.tensor([1e30, 0.0])])
+    assert histogram.zeros == 6
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 1e-3, 1.0, 3e4, 2.0**100])
+def test_histogram_is_exact_on_both_ways_of_dividing(scale: float) -> None:
+    values = torch.cat([torch.randn(2000), torch.tensor([-(2.0**-149), 2.0**-149, 0.0])]) * torch.tensor(scale)
+    values[-3:] = torch.tensor([-(2.0**-149), 2.0**-149, 0.0])
+    histogram = counted([values], bins=256)
+    np.testing.assert_array_equal(histogram.counts.numpy(), np.histogram(values.double().numpy(), edges(histogram))[0])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+def test_running_extremes_do_not_depend_on_the_order_of_arrival(order: list[int]) -> None:
+    data = torch.randn(4, 2, 5)
+    seen = RunningExtremes(momentum=0.3)
+    for index in order:
+        seen.update_at(data[index], 2 * index, 2)
+    low = high = 0.0
+    for k, row in enumerate(data.reshape(8, 5).double().tolist(), 1):
+        step = max(1 / k, 0.3)
+        low, high = low + step * (min(row) - low), high + step * (max(row) - high)
+    assert (seen.low, seen.high) == pytest.approx((low, high), rel=1e-12)
+    assert not seen.waiting
+
+
+def test_running_extremes_count_samples_together_when_the_first_dimension_is_another() -> None:
+    seen = RunningExtremes(momentum=0.1)
+    seen.update_at(torch.tensor([[-1.0, 2.0], [0.0, 4.0], [1.0, 1.0]]), 0, 2)
+    seen.update_at(torch.empty(0, 3), 2, 2)
+    seen.update(torch.tensor(9.0))
+    assert (seen.samples, seen.counted) == (5, 3)
+    assert seen.high == pytest.approx((4 + 4 + 9) / 3)
 
 
 def test_second_moments_equal_a_loop_over_observations_whatever_the_batches() -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
     from pared.quantize.weights import QuantizeWeights
@@ -25,6 +26,7 @@ HOMES = {
     "Budget": "pared.recipe",
     "CastHalf": "pared.quantize.half",
     "ParedError": "pared.errors",
+    "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
     "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
@@ -43,6 +45,7 @@ __all__ = [
     "Budget",
     "CastHalf",
     "ParedError",
+    "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
     "Recipe",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from pared.errors import DataError
 from pared.graph.capture import operator
+
+EXACT = 2.0**-100, 1.0  # widths of bins by which float32 numbers of any size divide without rounding
 
 
 class Extremes:
@@ -48,6 +52,7 @@ class Histogram:
         bins: Number of bins: a power of two, at least 4. Bin i covers [i - bins / 2, i + 1 - bins / 2) * width.
         width: Width of one bin, a power of two; 0 as long as nothing but zeros was seen.
         counts: float64, shape (bins,).
+        zeros: How many of the values were exactly 0, which every integer grid holds without error.
 
     Example:
         >>> h = Histogram(bins=8)
@@ -60,6 +65,7 @@ class Histogram:
         self.bins = bins
         self.width = 0.0
         self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.zeros = 0
         self.extremes = Extremes()
 
     def update(self, x: Tensor) -> None:
@@ -70,9 +76,13 @@ class Histogram:
         self.widen(max(-self.extremes.low, self.extremes.high))
         if self.width == 0.0:
             self.counts[self.bins // 2] += x.numel()  # zeros lie in this bin, whatever the width will be
+            self.zeros += x.numel()
             return
-        # float64 keeps bin edges exact: the width is a power of two.
-        index = torch.floor(x.detach().flatten().double() / self.width).long() + self.bins // 2
+        x = x.detach().flatten().float()
+        self.zeros += x.numel() - int(np.count_nonzero(x.numpy()))  # PyTorch's own takes ten times as long
+        # The width is a power of two, so that float32 divides exactly, except where a quotient is too small for it.
+        scaled = x * (1 / self.width) if EXACT[0] <= self.width <= EXACT[1] else x.double() / self.width
+        index = scaled.floor_().add_(self.bins // 2).to(torch.int16 if self.bins <= 2**15 else torch.int64)
         self.counts += torch.bincount(index, minlength=self.bins)
 
     def widen(self, reach: float) -> None:
@@ -96,6 +106,62 @@ class Histogram:
         inside = (q * cumulative[-1].item() - before) / max(self.counts[index].item(), 1.0)
         value = (index + inside - self.bins // 2) * self.width
         return min(max(value, self.extremes.low), self.extremes.high)
+
+
+class RunningExtremes:
+    """Lowest and highest value of each sample, averaged over the samples in the order of the data.
+
+    The average is the plain mean of the first 1 / `momentum` samples, and moves by `momentum` with each later one, so
+    that no single sample weighs more than another at the start. Samples may be counted in out of order, as threads
+    finish them: each waits for those before it, which makes the result the same whatever the threads do.
+
+    Example:
+        >>> seen = RunningExtremes(momentum=0.01)
+        >>> seen.update_at(torch.tensor([[-3.0, 6.0]]), first=1, samples=1)
+        >>> seen.update_at(torch.tensor([[-1.0, 2.0]]), first=0, samples=1)
+        >>> seen.low, seen.high
+        (-2.0, 4.0)
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.low = 0.0
+        self.high = 0.0
+        self.samples = 0
+        self.extremes = Extremes()
+        self.waiting: dict[int, tuple[int, list[list[float]]]] = {}
+        self.counted = 0
+
+    def update(self, x: Tensor) -> None:
+        """Count the next samples in, the first dimension's. Raises: DataError for NaN or infinity."""
+        self.update_at(x, self.samples, x.shape[0] if x.ndim else 1)
+
+    def update_at(self, x: Tensor, first: int, samples: int) -> None:
+        """Count samples in by their position in the data.
+
+        Args:
+            x: Any shape. Where the first dimension is no multiple of `samples`, all have the same extremes.
+            first: How many samples come before these.
+            samples: How many these are.
+
+        Raises:
+            DataError: NaN or infinity.
+        """
+        self.extremes.update(x)
+        ends: list[list[float]] = []
+        if x.numel():
+            apart = x.ndim > 0 and x.shape[0] % samples == 0
+            low, high = torch.aminmax(x.detach().reshape(samples if apart else 1, -1), dim=1)
+            ends = torch.stack([low, high], 1).double().expand(samples, 2).tolist()
+        self.waiting[first] = (samples, ends)
+        while self.samples in self.waiting:
+            samples, ends = self.waiting.pop(self.samples)
+            self.samples += samples
+            for low_end, high_end in ends:
+                self.counted += 1
+                step = max(1 / self.counted, self.momentum)
+                self.low += step * (low_end - self.low)
+                self.high += step * (high_end - self.high)
 
 
 class SecondMoments:
@@ -217,6 +283,38 @@ def convolution_rows(
     return patches.movedim((1, 0, 3), (0, 1, 2)).reshape(groups, x.shape[0] * patches.shape[3], -1)
 
 
+def convolution_mean(
+    x: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int] | str = "valid",
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Mean of `convolution_rows` over samples and positions, without making the rows.
+
+    Returns:
+        float64, shape (groups, channels / groups * kernel).
+
+    Example:
+        >>> convolution_mean(torch.arange(4.0).reshape(1, 1, 4), [2], stride=[2], dilation=[1]).tolist()
+        [[1.0, 2.0]]
+    """
+    space = len(kernel)
+    image = torch.nn.functional.pad(x.mean(0), pads(kernel, padding, dilation))
+    means = []
+    for tap in itertools.product(*map(range, kernel)):
+        part = image
+        for d in range(space):
+            first = tap[d] * dilation[d]
+            count = (image.shape[1 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
+            part = part.narrow(1 + d, first, (count - 1) * stride[d] + 1)
+            part = part[(slice(None),) * (1 + d) + (slice(None, None, stride[d]),)]
+        means.append(part.flatten(1).mean(1, dtype=torch.float64))
+    return torch.stack(means, 1).reshape(groups, -1)
+
+
 def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
     """A convolution's padding as `torch.nn.functional.pad` takes it: before and after, last dimension first."""
     sides = []
@@ -259,6 +357,22 @@ def input_rows(node: fx.Node, x: Tensor, positions: int | None = None) -> Tensor
     """
     if operator(node) == "aten.linear":
         return linear_rows(x)
+    kernel, given = geometry(node)
+    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
+    return convolution_rows(x, kernel, **given, positions=positions)
+
+
+def input_mean(node: fx.Node, x: Tensor) -> Tensor:
+    """Mean of `input_rows`, float64: shape (columns,) for a linear layer, (groups, columns) for a convolution."""
+    if operator(node) == "aten.linear":
+        return linear_rows(x).mean(0, dtype=torch.float64)
+    kernel, given = geometry(node)
+    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
+    return convolution_mean(x, kernel, **given)
+
+
+def geometry(node: fx.Node) -> tuple[list[int], dict[str, Any]]:
+    """A captured convolution's kernel, and its settings one number a dimension, as `convolution_rows` takes them."""
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -270,13 +384,9 @@ def input_rows(node: fx.Node, x: Tensor, positions: int | None = None) -> Tensor
             return [value] * len(kernel)
         return value * len(kernel) if not isinstance(value, str) and len(value) == 1 else value
 
-    x = x if x.ndim == len(kernel) + 2 else x.unsqueeze(0)
-    return convolution_rows(
-        x,
-        kernel,
-        stride=each("stride", 1),
-        padding=each("padding", 0),
-        dilation=each("dilation", 1),
-        groups=given.get("groups", 1),
-        positions=positions,
-    )
+    return kernel, {
+        "stride": each("stride", 1),
+        "padding": each("padding", 0),
+        "dilation": each("dilation", 1),
+        "groups": given.get("groups", 1),
+    }

@@ -25,6 +25,7 @@ STEPS: Mapping[str, str] = {
     "QuantizeStatic": "pared.quantize.static:QuantizeStatic",
     "QuantizeWeights": "pared.quantize.weights:QuantizeWeights",
     "CastHalf": "pared.quantize.half:CastHalf",
+    "QuantizeDynamic": "pared.quantize.dynamic:QuantizeDynamic",
 }
 Place = tuple[str | int, ...]
 

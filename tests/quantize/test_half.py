@@ -59,7 +59,7 @@ def test_weights_alone_are_rounded_and_everything_is_computed_in_float32(dtype: 
     assert {skip.module for skip in plan.skips} == {"norm"} or {skip.module.split(":")[0] for skip in plan.skips} == {
         "norm"
     }
-    assert "half as large" in plan.facts["warnings"][0]
+    assert "becomes smaller" in plan.facts["warnings"][0]
 
 
 def test_activations_are_cast_and_normalizations_stay_in_float32() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from pared.errors import DataError, ModelError, PlanError, QuantizeError, SettingError
 from pared.graph.capture import capture, operator
-from pared.quantize import emission
+from pared.quantize import emission, static
 from pared.quantize.program import own_tensors
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
@@ -87,12 +87,13 @@ def weight_integers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scales.reshape(-1, *[1] * (weight.ndim - 1))).astype(np.int64), scales
 
 
-def test_program_equals_integer_arithmetic_written_out() -> None:
+def test_program_equals_integer_arithmetic_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolution, ReLU and a linear layer, in integers throughout, as a chip would run them."""
+    monkeypatch.setattr(static, "saturates_here", lambda: False)
     conv, linear = nn.Conv2d(2, 3, 3), nn.Linear(27, 4)
     model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
     data = [torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)]
-    program, _ = quantized(model, data)
+    program, _ = quantized(model, data, QuantizeStatic(repairs=(), weights={"cpu": "vnni"}))
     everything = torch.cat(data)
     hidden = torch.relu(conv(everything)).detach().numpy()
     x_scale, x_zero = affine(everything.min().item(), everything.max().item())
@@ -277,6 +278,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "include": {"include": ["0", "2"]},
     "exclude": {"exclude": ["4"]},
     "samples": {"samples": 2},
+    "bits": {"weights": {"bits": 5}},
+    "granularity": {"weights": {"granularity": "tensor"}},
+    "symmetric": {"weights": {"granularity": "tensor", "symmetric": False}},
+    "stochastic": {"weights": {"rounding": "stochastic"}},
+    "adaround": {"weights": {"rounding": "adaround"}},
+    "activation bits": {"activations": {"bits": 6}},
+    "activation symmetric": {"activations": {"symmetric": True}},
+    "no repairs": {"repairs": ()},
+    "full correction": {"repairs": [{"kind": "correct_bias", "method": "full"}]},
+    "equalize": {"repairs": ["equalize", "correct_bias"]},
 }
 
 
@@ -289,7 +300,21 @@ def test_step_has_no_dead_setting(name: str) -> None:
     assert not torch.equal(other(*data[0]), program(*data[0]))
 
 
-@pytest.mark.parametrize("wrong", [{"range": "minmax"}, {"ranges": "entropy"}, {"samples": 0}, {"include": 3}])
+WRONG: list[dict[str, Any]] = [
+    {"range": "minmax"},
+    {"ranges": "entropy"},
+    {"samples": 0},
+    {"include": 3},
+    {"weights": {"bits": 9}},
+    {"activations": {"bits": 1}},
+    {"weights": {"rounding": "up"}},
+    {"repairs": ["equalise"]},
+    {"repairs": ["equalize", "equalize"]},
+    {"weights": {"cpu": "avx2"}},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_step_refuses_when_a_setting_is_wrong(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="QuantizeStatic"):
         QuantizeStatic(**wrong)
@@ -343,3 +368,24 @@ def test_own_tensors_keeps_shared_tensors_shared() -> None:
     assert len({id(tensor) for tensor in graph.parameters()}) == before
     theirs = {tensor.data_ptr() for tensor in model.parameters()}
     assert not theirs & {tensor.data_ptr() for tensor in graph.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "here", "safe"), [("here", False, False), ("here", True, True), ("here", None, True), ("any", False, True)]
+)
+def test_weights_saturate_nowhere_when_the_processor_or_the_user_asks(
+    monkeypatch: pytest.MonkeyPatch, cpu: Any, here: bool | None, safe: bool
+) -> None:
+    monkeypatch.setattr(static, "saturates_here", lambda: here)
+    model, step = nn.Sequential(nn.Linear(32, 8)).eval(), QuantizeStatic(weights={"cpu": cpu})
+    ctx = context(model, [torch.randn(8, 32)])
+    plan = step.plan(model, ctx)
+    assert plan.facts["any_cpu"] is safe
+    # Another machine makes the same program of the plan.
+    monkeypatch.setattr(static, "saturates_here", lambda: not here)
+    ctx.memo.clear()
+    program = step.apply(model, plan, ctx)
+    weight = next(tensor for tensor in program.buffers() if tensor.dtype == torch.int8).int()
+    pairs = weight.reshape(8, 16, 2)
+    worst = torch.maximum(pairs.clamp(min=0).sum(-1), -pairs.clamp(max=0).sum(-1)).max() * 255
+    assert bool(worst < 2**15) is safe

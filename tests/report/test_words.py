@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from pared.report import words
-from pared.report.data import Agreement, Report, Speedup
+from pared.report.data import Agreement, Report, Speedup, WithoutVnni
+from pared.report.html import page
 
 
 def final_of(report: Report, **changes: Any) -> Report:
@@ -88,3 +89,27 @@ def test_headline_says_so_when_the_baseline_ships(sample: Report) -> None:
 def test_headline_says_what_is_missing_when_there_was_no_test_data(sample: Report) -> None:
     report = final_of(sample, metrics={}, baseline_metrics={})
     assert words.headline(report) == "2.90x faster and 3.91x smaller, with quality on test data not measured."
+
+
+@pytest.mark.parametrize(
+    ("after", "agreement", "warned"),
+    [(0.60, 0.65, True), (0.895, 0.98, False), (0.92, 0.98, False), (0.60, None, True)],
+)
+def test_without_vnni_warns_when_the_drop_is_more_than_chance(
+    sample: Report, after: float, agreement: float | None, warned: bool
+) -> None:
+    found = WithoutVnni(
+        metrics={"accuracy": after},
+        metrics_with={"accuracy": 0.90},
+        sqnr_db=12.3,
+        agreement=agreement,
+        samples=200,
+        seconds=2.5,
+    )
+    stages = (*sample.stages[:-1], dataclasses.replace(sample.stages[-1], without_vnni=found))
+    report = dataclasses.replace(sample, stages=stages)
+    said = words.without_vnni(report)
+    assert "outputs at 12.3 dB" in said[0] and "200 samples in 2.5 s" in said[0] and "90.00 %" in said[0]
+    assert (len(said) == 2 and said[1].startswith("Warning") and "cpu='any'" in said[1]) is warned
+    assert "8-bit products saturate" in page(report)
+    assert Report.from_json(report.to_json()) == report

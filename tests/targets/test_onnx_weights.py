@@ -54,6 +54,9 @@ class Reader(nn.Module):
         return logits
 
 
+NEAREST = QuantizeWeights(method="nearest")
+
+
 @functools.cache
 def exported(step: QuantizeWeights = NEAREST) -> tuple[Any, nn.Module, nn.Module, Tensor]:
     """The file, the model, its program and its inputs."""

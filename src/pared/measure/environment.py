@@ -25,6 +25,13 @@ INSTRUCTION_SETS = {
     "asimddp": "asimd_dot",
     "i8mm": "i8mm",
 }
+# The same by the names that macOS has for them: words in lists of Intel's flags, and questions about Apple's cores.
+INTEL_FLAGS = {
+    "AVX2": "avx2",
+    "AVX512F": "avx512f",
+    "AVX512VNNI": "avx512_vnni",
+}
+APPLE_QUESTIONS = {"hw.optional.arm.FEAT_DotProd": "asimd_dot", "hw.optional.arm.FEAT_I8MM": "i8mm"}
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -60,21 +67,39 @@ def cpu_info() -> dict[str, str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf8", errors="replace")
     except OSError:
         return {}
+    return parse_cpu_info(text)
+
+
+def parse_cpu_info(text: str) -> dict[str, str]:
+    """The entries of the first processor in a text like /proc/cpuinfo."""
     pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def sysctl(name: str) -> str:
+    """One answer of macOS about the machine, or ""."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["/usr/sbin/sysctl", "-n", name]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return ""
+
+
 def cpu_model() -> str:
     """The processor's name, or its architecture where the system does not tell."""
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    if sys.platform == "darwin" and (brand := sysctl("machdep.cpu.brand_string")):
+        return brand
     return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that integer kernels use, of those that this processor has."""
+    """The instruction sets that integer kernels use, of those that this processor has.
+
+    Empty where it has none, and where the system tells none: Windows does not say whether there is VNNI.
+    """
+    if sys.platform == "darwin":
+        words = f"{sysctl('machdep.cpu.features')} {sysctl('machdep.cpu.leaf7_features')}".split()
+        found = [name for word, name in INTEL_FLAGS.items() if word in words]
+        return found + [name for question, name in APPLE_QUESTIONS.items() if sysctl(question) == "1"]
     info = cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]

@@ -21,10 +21,12 @@ from pared.identity import identity
 from pared.measure.fidelity import Comparison
 from pared.measure.parity import FLOAT_FLOOR_DB, check_parity
 from pared.metrics import Metric
+from pared.pipeline.without_vnni import emulate_without_vnni
 from pared.pipeline.workspace import write_json
-from pared.report.data import Agreement, Layer, finite
+from pared.report.data import Agreement, Layer, WithoutVnni, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
+from pared.targets.sessions import size_of, why_not_here
 from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
@@ -57,9 +59,14 @@ class Stage:
         """True where activations are quantized: the model is an exported program."""
         return self.model is not self.floating
 
-    def agreement(self, name: str) -> Agreement:
-        """Parity or fidelity, as measured."""
-        return pydantic.TypeAdapter(Agreement).validate_python(self.facts[name])
+    def agreement(self, name: str) -> Agreement | None:
+        """Parity or fidelity, as measured; None where the runtime cannot run here."""
+        return pydantic.TypeAdapter(Agreement | None).validate_python(self.facts[name])
+
+    @property
+    def without_vnni(self) -> WithoutVnni | None:
+        """What the file scores without VNNI, where that differs."""
+        return pydantic.TypeAdapter(WithoutVnni | None).validate_python(self.facts.get("without_vnni"))
 
 
 def output_index(model: nn.Module, task: Task) -> int:
@@ -149,18 +156,26 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
 def finish_stage(
     stage: Stage, before: nn.Module | None, baseline: Path, task: Task, target: Target, threads: int
 ) -> None:
-    """Export a stage, pass it through the parity gate, take what does not depend on time, and write it all down."""
+    """Export a stage, pass it through the parity gate, take what does not depend on time, and write it all down.
+
+    Where the runtime cannot run here, the file is written all the same, and what running it would tell stays unknown.
+    """
     folder = stage.file.parent
     target.export(stage.model, task, stage.file)
-    session = target.open(stage.file, threads=threads)
-    stage.facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
-    reference = target.open(baseline, threads=threads)
-    fidelity, metrics = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
+    facts: dict[str, Any] = {"parity": None, "fidelity": None, "metrics": {}, "without_vnni": None}
+    if not why_not_here(target.name):
+        session = target.open(stage.file, threads=threads)
+        facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
+        reference = target.open(baseline, threads=threads)
+        fidelity, facts["metrics"] = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
+        facts["fidelity"] = dataclasses.asdict(fidelity)
+        role, batches = judging_data(task)
+        judged = tuple(task.metrics) if role == "validation" else ()
+        if stage.quantized:
+            facts["without_vnni"] = emulate_without_vnni(stage.model, target, task, batches, judged)
     parameters = {id(p): p for p in stage.floating.parameters()}.values()
-    stage.facts |= {
-        "fidelity": dataclasses.asdict(fidelity),
-        "metrics": metrics,
-        "size_bytes": stage.file.stat().st_size,
+    stage.facts |= facts | {
+        "size_bytes": size_of(target.name, stage.file),
         "params": sum(parameter.numel() for parameter in parameters),
         "nonzero_params": nonzero_params(stage.floating),
     }

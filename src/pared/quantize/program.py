@@ -9,21 +9,25 @@ from torch import Tensor, fx, nn
 
 from pared.errors import ModelError, PlanError
 from pared.graph.capture import capture, operator
+from pared.quantize.constants import fold_constants
 from pared.quantize.folding import fold_batch_norms
 from pared.step import Skip
 from pared.task import Task
 
 
-def prepare(model: nn.Module, task: Task, step: str) -> tuple[fx.GraphModule, list[str], list[Skip]]:
+def prepare(
+    model: nn.Module, task: Task, step: str, *, fold: bool = True
+) -> tuple[fx.GraphModule, list[str], list[Skip]]:
     """What every quantize step starts from.
 
     Args:
         model: Not changed; the program shares no tensor with it.
         task: Gives the example inputs.
         step: Name of the step, for messages.
+        fold: Fold batch norms into the layers before them.
 
     Returns:
-        The captured graph with batch norms folded, the names of those norms, and the layers that it does not run.
+        The captured graph, the names of the norms that were folded, and the layers that it does not run.
 
     Raises:
         PlanError: The model is quantized already.
@@ -38,7 +42,8 @@ def prepare(model: nn.Module, task: Task, step: str) -> tuple[fx.GraphModule, li
     idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
     check_finite(graph)
     own_tensors(graph)
-    return graph, fold_batch_norms(graph), idle
+    idle += [Skip(name, "its result does not depend on the input, so it is stored") for name in fold_constants(graph)]
+    return graph, fold_batch_norms(graph) if fold else [], idle
 
 
 def nothing_to_quantize(step: str, skips: Sequence[Skip]) -> PlanError:

@@ -70,8 +70,28 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WithoutVnni:
+    """What a file will score on x86 without VNNI, where products of 8-bit weights saturate: emulated.
+
+    Attributes:
+        metrics: Without VNNI, on `samples` samples of validation data.
+        metrics_with: With it, on the same.
+        sqnr_db: Of the outputs without VNNI against those with; None where they are equal.
+        agreement: Fraction of samples of the same class; None where outputs are not class scores.
+        seconds: Time that the emulation took.
+    """
+
+    metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    metrics_with: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    sqnr_db: float | None = None
+    agreement: float | None = None
+    samples: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured on one exported file. None: not measured."""
+    """What was measured on one exported file. None: not measured; `without_vnni`: nothing can saturate."""
 
     metrics: Mapping[str, Number] = dataclasses.field(default_factory=dict)
     latency_ms: Latency | None = None
@@ -83,6 +103,7 @@ class Figures:
     peak_memory_bytes: int | None = None
     parity: Agreement | None = None
     fidelity: Agreement | None = None
+    without_vnni: WithoutVnni | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +121,7 @@ class Stage(Figures):
         changed: Names of modules that changed.
         skipped: Candidates that did not, with the reason.
         layers: The per-layer table of this stage.
+        warnings: What the step's plan warned of, one sentence each.
     """
 
     name: str
@@ -112,6 +134,7 @@ class Stage(Figures):
     changed: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     layers: tuple[Layer, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

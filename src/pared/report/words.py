@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pared.report.data import Agreement, Figures, Report, Speedup, Stage
+from pared.report.data import Agreement, Figures, Report, Speedup, Stage, WithoutVnni
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -218,6 +218,43 @@ def headline(report: Report) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
+def without_vnni(report: Report) -> list[str]:
+    """A sentence for what ships, or for the last stage that was kept, where it may be wrong without VNNI."""
+    kept = [stage for stage in report.stages if stage.kept]
+    found = kept[-1].without_vnni if kept else None
+    if found is None:
+        return []
+    parts = []
+    for name, after in found.metrics.items():
+        before = found.metrics_with.get(name)
+        change = "" if before is None else f" ({drop(report, name, before, after)[1]})"
+        parts.append(f"{name} {metric_value(name, before)} -> {metric_value(name, after)}{change}")
+    if found.sqnr_db is not None:
+        parts.append(f"outputs at {found.sqnr_db:.1f} dB of those with it")
+    else:
+        parts.append("outputs unchanged")
+    taken = f"emulated on {plural(found.samples, 'sample')} in {duration(found.seconds)}"
+    sentences = [f"On x86 without VNNI, where 8-bit products saturate: {joined(parts)}; {taken}."]
+    if worse_without_vnni(report, found):
+        sentences.append(
+            "Warning: this file is markedly worse on such processors. QuantizeStatic(cpu='any') makes one that is not."
+        )
+    return sentences
+
+
+def worse_without_vnni(report: Report, found: WithoutVnni) -> bool:
+    """True where the first metric drops by more than chance: twice the spread of as many changed samples as there are.
+
+    Where outputs are no class scores, nothing is known of chance, and every drop counts.
+    """
+    name = next(iter(found.metrics), None)
+    if name is None or name not in found.metrics_with:
+        return False
+    before, after = found.metrics_with[name], found.metrics[name]
+    noise = 2 * math.sqrt((1 - found.agreement) / found.samples) if found.agreement is not None else 0.0
+    return drop(report, name, before, after)[0] < 0 and abs(after - before) > noise
+
+
 def plural(number: int, noun: str) -> str:
     """A number of things.
 
@@ -240,6 +277,12 @@ def why_not_final(report: Report, otherwise: str = "") -> str:
     names = {stage.name: stage for stage in report.stages if not stage.measured}
     stage = names.get(report.final.stage) if report.final else None
     return otherwise if stage is None else why_missing(stage, "")
+
+
+def why_no_metric(report: Report) -> str:
+    """Why the ledger has no metric at all."""
+    unmeasured = [stage for stage in report.stages if not stage.measured]
+    return why_missing(unmeasured[0], "") if unmeasured else NO_METRIC
 
 
 def baseline(report: Report) -> Figures | None:

@@ -7,8 +7,9 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
@@ -50,10 +51,14 @@ SCHEME = Scheme(
         }
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
-    # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
+    saturating="neighbours",
     # bfloat16 has no kernels on CPUs, and is not cast to float32 as float16 is.
     halves=frozenset({"float16"}),
+    # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
+    # Its ConvInteger runs slower than a float convolution.
+    dynamic=frozenset({"aten.linear", "aten.embedding"}),
+    norms_as_convolutions=True,
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -72,39 +77,73 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        import onnx
-        import torch
+        from pared.targets import onnx_dynamic, onnx_weights
 
-        from pared.graph.capture import capture, quiet
-        from pared.targets import onnx_weights
-        from pared.targets.decomposition import decompose_sparingly
-
-        program = decompose_sparingly(capture(onnx_weights.with_weight_operators(model), task))
-        with quiet(), hushed():
-            try:
-                exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, custom_translation_table=onnx_weights.table()
-                )
-            except torch.onnx.errors.OnnxExporterError as error:
-                raise TargetError(
-                    f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
-                ) from error
-        if exported is None:
-            raise TargetError("onnxruntime: the exporter returned nothing")
-        proto = exported.model_proto
-        onnx_weights.unfold(proto)
-        strip(proto)
+        rewritten = onnx_dynamic.with_dynamic_operators(onnx_weights.with_weight_operators(model))
+        table = {**onnx_weights.table(), **onnx_dynamic.table()}
+        proto = to_onnx(rewritten, task, self.name, table=table, finish=onnx_weights.unfold)
         protect(proto.graph)
-        name_dimensions(proto.graph, task)
-        try:
-            onnx.checker.check_model(proto, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise TargetError(f"onnxruntime: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(checked(proto, self.name))
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
+
+
+def to_onnx(
+    model: nn.Module,
+    task: Task,
+    target: str,
+    *,
+    table: Mapping[Any, Any] = MappingProxyType({}),
+    finish: Callable[[Any], None] | None = None,
+) -> Any:
+    """`model` as an ONNX model, anonymous, its free dimensions named.
+
+    Args:
+        model: Captured anew.
+        task: Gives the example inputs and the names of dimensions.
+        target: For messages.
+        table: Translations of operators that PyTorch's exporter does not know.
+        finish: Changes the model before names and notes are taken out of it.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        TargetError: It cannot be written as ONNX.
+    """
+    import torch
+
+    from pared.graph.capture import capture, quiet
+    from pared.targets.decomposition import decompose_sparingly
+
+    program = decompose_sparingly(capture(model, task))
+    with quiet(), hushed():
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+    if exported is None:
+        raise TargetError(f"{target}: the exporter returned nothing")
+    proto = exported.model_proto
+    if finish is not None:
+        finish(proto)
+    strip(proto)
+    name_dimensions(proto.graph, task)
+    return proto
+
+
+def checked(proto: Any, target: str) -> bytes:
+    """The content of an ONNX file, the same for the same model. Raises: TargetError for an invalid one."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise TargetError(f"{target}: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def strip(proto: Any) -> None:
