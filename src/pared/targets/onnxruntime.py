@@ -74,15 +74,15 @@ class OnnxRuntime:
         import torch
 
         from pared.graph.capture import capture, quiet
-        from pared.targets import onnx_dynamic
+        from pared.targets import onnx_attention, onnx_dynamic
         from pared.targets.decomposition import decompose_sparingly
 
-        program = decompose_sparingly(capture(onnx_dynamic.with_dynamic_operators(model), task))
+        program = capture(onnx_dynamic.with_dynamic_operators(model), task)
+        program = decompose_sparingly(onnx_attention.attend_in_one(program))
+        table = onnx_dynamic.table() | onnx_attention.table()
         with quiet(), hushed():
             try:
-                exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, custom_translation_table=onnx_dynamic.table()
-                )
+                exported = torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=table)
             except torch.onnx.errors.OnnxExporterError as error:
                 raise TargetError(
                     f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
@@ -130,8 +130,11 @@ def strip(proto: Any) -> None:
     graphs: list[Any] = [proto.graph]
     while graphs:
         graph = graphs.pop()
-        graph.ClearField("value_info")
-        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        compared = residuals(graph)
+        for index in reversed(range(len(graph.value_info))):
+            if graph.value_info[index].name not in compared:
+                del graph.value_info[index]
+        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
             holder.ClearField("doc_string")
             holder.ClearField("metadata_props")
         for node in graph.node:
@@ -143,9 +146,18 @@ def strip(proto: Any) -> None:
             drop_defaults(node, opset)
             for attribute in node.attribute:
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+        for value in graph.value_info:
+            value.name = shorten(value.name)
         if graph is not proto.graph:
             for holder in (*graph.input, *graph.output, *graph.initializer):
                 holder.name = shorten(holder.name)
+
+
+def residuals(graph: Any) -> set[str]:
+    """Names of the values that are added right before a layer norm."""
+    added = {node.output[0]: node.input for node in graph.node if node.op_type == "Add"}
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    return {name for node in norms for name in added.get(node.input[0], ())}
 
 
 def name_dimensions(graph: Any, task: Task) -> None:
@@ -156,7 +168,7 @@ def name_dimensions(graph: Any, task: Task) -> None:
         key = value.name if value.name in keys else keys[index]
         for axis, name in {0: "batch", **task.dynamic_of(key)}.items():
             names[value.type.tensor_type.shape.dim[axis].dim_param] = name
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param)
