@@ -70,7 +70,7 @@ def operators(file: Path) -> Counter[str]:
 
 def export(model: nn.Module, inputs: Inputs, name: str, step: QuantizeStatic | None = None) -> Exported:
     torch.manual_seed(0)
-    step = step or QuantizeStatic(cpu="any")  # it must run right on any processor that tests run on
+    step = step or QuantizeStatic(weights={"cpu": "any"})  # it must run right on any processor that tests run on
     task = Task(example_inputs=inputs, calibration=[like(inputs, 64)])
     context = Context(task=task, target=TARGET, work=folder(), dense=model)
     plan = step.plan(model, context)
@@ -202,7 +202,9 @@ def test_runtime_fuses_what_the_scheme_says(name: str) -> None:
 
 def test_runtime_leaves_a_skipped_layer_in_float() -> None:
     model = between(nn.ReLU(), conv(), nn.ReLU()).eval()
-    made = export(model, Inputs((torch.randn(IMAGE),), {}), "kept", QuantizeStatic(exclude=["2"], cpu="any"))
+    made = export(
+        model, Inputs((torch.randn(IMAGE),), {}), "kept", QuantizeStatic(exclude=["2"], weights={"cpu": "any"})
+    )
     assert len(made.plan.skips) == 1
     assert (made.ran["Convolution f32"], integer_layers(made)) == (1, 2)
     check_agreement(made)

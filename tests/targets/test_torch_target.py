@@ -79,7 +79,7 @@ def small_task() -> Task:
 
 def quantized(model: nn.Module, task: Task) -> nn.Module:
     ctx = Context(task=task, target=TARGET, work=folder(), dense=model)
-    step = QuantizeStatic(cpu="any")
+    step = QuantizeStatic(weights={"cpu": "any"})
     return step.apply(model, step.plan(model, ctx), ctx)
 
 
