@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.errors import SettingError
+from pared.quantize import static
 from pared.quantize.affine import Grid, QParams, fake_quantize, grid, qparams_of_range
 from pared.quantize.ranges import MSE, RANGES, MinMax, MovingAverage, Percentile
 from slow_divergence import values_of
@@ -134,3 +135,10 @@ def test_calibrators_clip_an_outlier_where_minmax_does_not() -> None:
     for calibrator in ORDERLESS:
         high = found(calibrator, [values])[1]
         assert (high == 30) == (calibrator.kind == "minmax"), calibrator.kind
+
+
+def test_ranges_can_all_be_asked_for_by_name() -> None:
+    assert get_args(static.Name) == tuple(RANGES)
+    for name, kind in RANGES.items():
+        assert static.QuantizeStatic(ranges=name).ranges == kind()
+        assert static.QuantizeStatic(ranges={"kind": name}).ranges == kind()
