@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from pared.targets.onnxruntime import OnnxRuntime
 from pared.task import Task
 
 BOTH = CastHalf(activations=True)
+
+
+class Other(OnnxRuntime):
+    """A runtime whose files hold float32 alone."""
+
+    scheme = dataclasses.replace(OnnxRuntime.scheme, halves=frozenset())
 
 
 def context(model: nn.Module, x: Tensor) -> Context:
@@ -111,9 +118,9 @@ def test_weights_that_become_zero_are_counted() -> None:
     assert plan.facts["underflow"] == {}
 
 
-@pytest.mark.parametrize(("dtype", "activations"), [("float16", True), ("float16", None), ("bfloat16", None)])
+@pytest.mark.parametrize(("dtype", "activations"), [("float16", True), ("float16", False), ("bfloat16", False)])
 def test_file_is_half_as_large_and_computes_what_the_program_does(
-    dtype: Any, activations: bool | None, tmp_path: Path
+    dtype: Any, activations: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)).eval()
@@ -163,6 +170,9 @@ def test_misuse_is_told_in_the_callers_terms() -> None:
         CastHalf(dtype="float8")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="no operators in bfloat16"):
         CastHalf(dtype="bfloat16", activations=True).plan(model, context(model, x))
+    ctx = dataclasses.replace(context(model, x), target=Other())
+    with pytest.raises(PlanError, match="become no smaller with float16; use the target onnxruntime"):
+        CastHalf().plan(model, ctx)
     with pytest.raises(PlanError, match="matches no layer"):
         CastHalf(exclude=("7",)).plan(model, context(model, x))
     with pytest.raises(PlanError, match="would quantize no layer"):

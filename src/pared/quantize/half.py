@@ -94,12 +94,12 @@ class Reach:
 
 @settings
 class CastHalf:
-    """Weights, and activations where that pays, in 16-bit floating point; inputs and outputs stay float32.
+    """Weights, and activations if asked for, in 16-bit floating point; inputs and outputs stay float32.
 
-    Batch norms are folded first. A runtime that computes no faster in the type gets the weights in it alone, which it
-    turns into float32 as it loads them. Where activations are cast too, normalizations, softmax, attention, means and
-    other reductions stay in float32; so do layers with an input, a weight or an output that exceeds half of the type's
-    largest number on calibration data.
+    Batch norms are folded first. By default weights alone are cast; the runtime turns them into float32 as it loads the
+    file. Where activations are cast too, normalizations, softmax, attention, means and other reductions stay in
+    float32; so do layers with an input, a weight or an output that exceeds half of the type's largest number on
+    calibration data.
 
     Example:
         >>> CastHalf(exclude=["head"]).dtype
@@ -112,8 +112,8 @@ class CastHalf:
         Literal["float16", "bfloat16"], pydantic.Field(description="float16 is finer, bfloat16 has float32's range.")
     ] = "float16"
     activations: Annotated[
-        bool | None, pydantic.Field(description="Cast activations too; null: where the runtime is faster for it.")
-    ] = None
+        bool, pydantic.Field(description="Compute in the type too, not only store weights in it.")
+    ] = False
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to cast.")] = ("*",)
     exclude: Annotated[
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to keep in float32.")
@@ -126,11 +126,11 @@ class CastHalf:
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the layers. Raises: PlanError, CaptureError, DataError, QuantizeError, UsageError."""
-        computes = self.computes(ctx)
+        self.check(ctx)
         graph, folded, idle = prepare(model, ctx.task, "CastHalf")
         layers = [node for node in graph.graph.nodes if operator(node) in WEIGHTED]
         check_patterns(self.include, self.exclude, [name_of(node) for node in layers])
-        reach = self.reach(graph, ctx) if computes and not ctx.dry else {}
+        reach = self.reach(graph, ctx) if self.activations and not ctx.dry else {}
         chosen, edits, skips = [], [], []
         for node in layers:
             reason = self.why_not(graph, node, reach)
@@ -146,16 +146,10 @@ class CastHalf:
         skips += [Skip(label(node), "stays in float32: its sums over many elements would lose digits") for node in kept]
         facts: dict[str, Any] = {
             "folded": folded,
-            "computes": computes,
             "wide": [name for name, most in reach.items() if most > self.limit],
             "underflow": self.underflow(graph, chosen),
-            "warnings": [],
+            "warnings": [f"{ctx.target.name} is no faster in {self.dtype}: the file becomes smaller, that is all"],
         }
-        if self.dtype not in ctx.target.scheme.fast_halves:
-            target = ctx.target.name
-            facts["warnings"].append(
-                f"{target} is no faster in {self.dtype} here: the file is half as large, that is all"
-            )
         return Plan(
             step="CastHalf",
             settings=settings_of(self),
@@ -172,7 +166,7 @@ class CastHalf:
         missing = names - {node.name for node in graph.graph.nodes}
         if missing:
             raise QuantizeError(f"the plan casts {min(missing)}, which this model has not: plan again")
-        if plan.facts["computes"]:
+        if self.activations:
             cast(graph, names, frozenset(plan.facts["wide"]), DTYPES[self.dtype])
         else:
             cast_weights(graph, names, DTYPES[self.dtype])
@@ -188,17 +182,17 @@ class CastHalf:
         """Largest magnitude that is put into the type."""
         return torch.finfo(DTYPES[self.dtype]).max / HEADROOM
 
-    def computes(self, ctx: Context) -> bool:
-        """Whether activations are cast. Raises: PlanError where they cannot be."""
-        scheme = ctx.target.scheme
-        if self.activations is None:
-            return self.dtype in scheme.fast_halves
-        if self.activations and self.dtype not in scheme.halves:
+    def check(self, ctx: Context) -> None:
+        """Raise `PlanError` where the target cannot do what the settings ask for."""
+        scheme, target = ctx.target.scheme, ctx.target.name
+        if self.dtype not in scheme.halves:
+            others = f"use dtype={min(scheme.halves)!r}" if scheme.halves else "use the target onnxruntime"
+            raise PlanError(f"CastHalf: files of the target {target} become no smaller with {self.dtype}; {others}")
+        if self.activations and self.dtype not in scheme.computed_halves:
             raise PlanError(
-                f"CastHalf: the target {ctx.target.name} has no operators in {self.dtype}; "
+                f"CastHalf: the target {target} has no operators in {self.dtype}; "
                 "leave activations out, and the weights alone are stored in it"
             )
-        return self.activations
 
     def reach(self, graph: fx.GraphModule, ctx: Context) -> dict[str, float]:
         """Largest magnitude of every float32 value of the graph, by node."""

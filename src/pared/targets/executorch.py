@@ -26,6 +26,7 @@ SCHEME = Scheme(
     activation_dtype="int8",
     activation_symmetric=False,
     weighted=LAYERS,
+    halves=frozenset({"float16"}),
     # XNNPACK's quantized convolutions and fully connected layers write integers only.
     whole=LAYERS,
     joining=frozenset({"aten.add", "aten.mul", "aten.cat", "aten.clamp", "aten.mean", "aten.adaptive_avg_pool2d"}),

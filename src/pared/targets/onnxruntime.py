@@ -52,8 +52,9 @@ SCHEME = Scheme(
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
     saturating="neighbours",
+    halves=frozenset({"float16", "bfloat16"}),
     # bfloat16 has no kernels on CPUs, and is not cast to float32 as float16 is.
-    halves=frozenset({"float16"}),
+    computed_halves=frozenset({"float16"}),
     # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     # Its ConvInteger runs slower than a float convolution.
