@@ -117,7 +117,8 @@ class QuantizeStatic:
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         bits = self.weights.bits
         work = work_of(graph, placement, ctx.target.scheme)
-        facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "warnings": warnings_of(work)}
+        facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "conversions": work.conversions}
+        facts["warnings"] = warnings_of(work)
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),
