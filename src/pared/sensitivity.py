@@ -1,8 +1,8 @@
 """What one change of a captured graph costs, by replaying cached activations. It knows no technique.
 
-A change is an override of some nodes' values (one layer quantized, one channel off). Instead of running the whole graph
-for each change, the graph runs once on a few samples with every value kept, and a change recomputes only what depends on
-it. Memory does not grow with the number of samples: they go through a few at a time.
+A change is an override of some nodes' values (one layer quantized, one channel off). Instead of running the whole
+graph for each change, the graph runs once on a few samples with every value kept, and a change recomputes only what
+depends on it. Memory does not grow with the number of samples: they go through a few at a time.
 """
 
 from __future__ import annotations
@@ -153,13 +153,18 @@ class Kept(fx.Interpreter):
         for node in below:
             override = overrides.get(node.name)
             if node.op == "output":
-                found = self.module.graph.process_outputs(self.run_node(node))
+                found = self.outputs(self.run_node(node))
             elif override is None:
                 self.env[node] = self.run_node(node)
             else:
                 self.env[node] = override(before[node], self.fetch_args_kwargs_from_env(node)[0])
         self.env.update(before)
         return found
+
+    def outputs(self, value: Any) -> Any:
+        """What an output node's value is to the caller."""
+        graph: Any = self.module.graph
+        return graph.process_outputs(value)
 
 
 def flat(graph: fx.GraphModule, inputs: Inputs) -> list[Any]:

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dilated": (nn.Conv2d(4, 6, (3, 1), dilation=(2, 1), padding=(2, 0)), (4, 9, 5)),
     "depthwise": (nn.Conv2d(4, 8, 5, padding=2, groups=4), (4, 6, 6)),
     "grouped": (nn.Conv2d(4, 6, 1, groups=2), (4, 3, 3)),
-    "same": (nn.Conv1d(4, 6, 4, padding="same"), (4, 9)),
+    "same": (nn.Conv1d(4, 6, 5, padding="same"), (4, 9)),
     "3-D": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 4, 5, 4)),
     "no bias": (nn.Conv2d(4, 6, 3, bias=False), (4, 7, 7)),
 }
@@ -54,7 +54,7 @@ def test_a_corrected_layer_has_the_mean_output_of_the_float_one(name: str) -> No
     data = [torch.rand(6, *shape), torch.rand(3, *shape)]  # one-sided, so that errors do not cancel
     channels = layer.weight.shape[0]
     both = torch.cat(data)
-    form = {"weights": {"bits": 4}, "cpu": "vnni"}
+    form = {"weights": {"bits": 4, "cpu": "vnni"}}
     with torch.no_grad():
         exact = means(layer(both), channels)
         plain = means(plan_of(layer, data, repairs=(), **form)[1](both), channels)
@@ -98,7 +98,7 @@ def test_full_correction_repairs_what_earlier_layers_shifted() -> None:
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)]
     model = nn.Sequential(*layers).eval()
     data = [torch.rand(16, 3, 12, 12)]
-    form = {"weights": {"bits": 3}, "cpu": "vnni"}
+    form = {"weights": {"bits": 3, "cpu": "vnni"}}
     full = {"kind": "correct_bias", "method": "full", "samples": 16}
     with torch.no_grad():
         exact = means(model(data[0]), 4)

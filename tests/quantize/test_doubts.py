@@ -26,6 +26,11 @@ def planned(model: nn.Module, task: Task, **settings: Any) -> Plan:
     return QuantizeStatic(**settings).plan(model, ctx)
 
 
+def about_ranges(plan: Plan) -> list[str]:
+    """What the plan warns of, less what it says of the speed of so small a network."""
+    return [text for text in plan.facts["warnings"] if "samples" in text]
+
+
 def convolutions() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1)).eval()
@@ -46,7 +51,7 @@ def test_ranges_take_ragged_batches_of_several_sizes(ranges: str) -> None:
     with torch.no_grad():
         hidden = torch.cat([model[1](model[0](x)).flatten() for x in data])
     (low, high) = plan.facts["ranges"]["relu"]
-    assert low == 0
+    assert 0 <= low < 1e-6  # within a bin of the zeros that a ReLU makes
     assert 0.3 * hidden.max().item() <= high <= hidden.max().item() * (1 + 1e-6)
     if ranges == "minmax":
         assert high == pytest.approx(hidden.max().item(), rel=1e-6)
@@ -65,7 +70,7 @@ def test_moving_average_does_not_depend_on_threads() -> None:
     assert found[0] == found[1]
     per_image = torch.cat(data).amax((1, 2, 3)).double()
     expected = per_image.mean().item()  # fewer than 1 / momentum samples: a plain mean
-    name = next(name for name in found[0] if name.endswith("input"))
+    name = next(name for name in found[0] if "input" in name)
     assert found[0][name][1] == pytest.approx(expected, rel=1e-9)
 
 
@@ -74,7 +79,7 @@ def test_no_warning_when_the_data_are_alike() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan = planned(convolutions(), Task(example_inputs=data[0], calibration=data[:2], validation=data[2:]))
-    assert plan.facts["warnings"] == []
+    assert about_ranges(plan) == []
 
 
 def test_warning_names_tensors_and_ranges_when_later_batches_leave_them() -> None:
@@ -84,8 +89,8 @@ def test_warning_names_tensors_and_ranges_when_later_batches_leave_them() -> Non
         ParedWarning, match="the last 8 of 32 calibration samples leave the range of the first 24"
     ) as seen:
         plan = planned(convolutions(), task)
-    assert [str(item.message) for item in seen] == plan.facts["warnings"]
-    (text,) = plan.facts["warnings"]
+    assert [str(item.message) for item in seen] == about_ranges(plan)
+    (text,) = about_ranges(plan)
     assert f"[{early.min():.4g}, {early.max():.4g}] -> [{early.min():.4g}, {10 * late.max():.4g}]" in text
     assert "in 3 of 3 tensors" in text
 
@@ -101,7 +106,7 @@ def test_warning_says_that_validation_data_are_unlike() -> None:
     task = Task(example_inputs=calibration, calibration=[calibration], validation=[validation * 255])
     with pytest.warns(ParedWarning, match="16 validation samples leave the range of the 24 calibration samples"):
         plan = planned(convolutions(), task)
-    assert "prepared as the validation data are" in plan.facts["warnings"][0]
+    assert "prepared as the validation data are" in about_ranges(plan)[0]
 
 
 def test_step_names_layer_and_batch_when_an_activation_is_not_finite() -> None:

@@ -35,5 +35,5 @@ def test_other_types_and_damaged_data_are_refused() -> None:
         to_fact(torch.ones(2, dtype=torch.int64))
     good = to_fact(torch.ones(3))
     for wrong in ({**good, "base64": "%%"}, {**good, "shape": [4]}, {"dtype": "float32"}):
-        with pytest.raises(QuantizeError, match="damaged.*plan again"):
+        with pytest.raises(QuantizeError, match=r"damaged.*plan again"):
             from_fact(wrong)

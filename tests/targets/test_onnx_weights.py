@@ -34,6 +34,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, rows: int, columns: int,
     assert int(small[0, 0]) % 2**bits == int(values[0, 0])
 
 
+NEAREST = QuantizeWeights(method="nearest")
 OPERATORS = ["GatherBlockQuantized", "MatMulNBits", "Conv", "MatMulNBits"]
 
 
@@ -53,8 +54,11 @@ class Reader(nn.Module):
         return logits
 
 
+NEAREST = QuantizeWeights(method="nearest")
+
+
 @functools.cache
-def exported(step: QuantizeWeights = QuantizeWeights(method="nearest")) -> tuple[Any, nn.Module, nn.Module, Tensor]:
+def exported(step: QuantizeWeights = NEAREST) -> tuple[Any, nn.Module, nn.Module, Tensor]:
     """The file, the model, its program and its inputs."""
     with tempfile.TemporaryDirectory() as folder:
         return export_to(Path(folder) / "model.onnx", step)

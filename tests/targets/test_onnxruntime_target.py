@@ -257,7 +257,19 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "function": (lambda: Forward(lambda s, x: F.conv2d(input=x, weight=s.a.weight, padding=1), a=conv()), IMAGE),
 }
-QUICK = ["norm_behind_a_concat", "bias_with_zeros", "padding", "silu", "clamp", "max_pool", "flatten", "linear_relu_norm", "linear_3d", "linear_add", "split"]
+QUICK = [
+    "norm_behind_a_concat",
+    "bias_with_zeros",
+    "padding",
+    "silu",
+    "clamp",
+    "max_pool",
+    "flatten",
+    "linear_relu_norm",
+    "linear_3d",
+    "linear_add",
+    "split",
+]
 
 
 # Batch norms that become integer layers of their own.

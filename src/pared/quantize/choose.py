@@ -159,7 +159,7 @@ class Choice:
         shown: dict[str, list[Any]] = {name: [observer] for name, observer in observers.items()}
         nodes = {node.name: node for node in self.graph.graph.nodes}
         for name, observer in inputs.items():
-            shown.setdefault(nodes[name].args[0].name, []).append(observer)  # type: ignore[union-attr]
+            shown.setdefault(nodes[name].args[0].name, []).append(observer)
         together = {name: parts[0] if len(parts) == 1 else Several(parts) for name, parts in shown.items()}
         growth = Growth(observers)
         ordered = isinstance(self.formats.weights.rounding, AdaRound)

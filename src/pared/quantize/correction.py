@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import pydantic
 import torch
@@ -24,9 +24,9 @@ from pared.task import Inputs
 class CorrectBias:
     """Take the mean error of each layer's output back by its bias.
 
-    `fast` works it out from the mean input of each layer in the float network, taken while calibrating: it repairs what
-    rounding the weights shifts. `full` runs the quantized network layer by layer beside the float one, on a few samples,
-    and repairs what all layers before a layer have shifted too.
+    `fast` works it out from the mean input of each layer in the float network, taken while calibrating: it repairs
+    what rounding the weights shifts. `full` runs the quantized network layer by layer beside the float one, on a few
+    samples, and repairs what all layers before a layer have shifted too.
     """
 
     kind: Literal["correct_bias"] = "correct_bias"
@@ -36,11 +36,18 @@ class CorrectBias:
     ] = 32
 
 
+class Mean(Protocol):
+    """Knows the mean of a layer's input."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+
 class InputMean:
     """Mean of what a layer multiplies by its weight: one number for each column of the weight.
 
-    Every sample counts alike, whatever its size. Contributions are rounded to a grid so fine that it does not matter, on
-    which float64 adds without rounding: so the order of the samples makes no difference.
+    Every sample counts alike, whatever its size. Contributions are rounded to a grid so fine that it does not matter,
+    on which float64 adds without rounding: so the order of the samples makes no difference.
     """
 
     GRID = 2.0**-28
@@ -84,12 +91,12 @@ def shift_of(error: Tensor, mean: Tensor) -> Tensor:
 
 
 def correctable(node: fx.Node) -> bool:
-    """True where a correction costs nothing at run time: convolutions hold a bias anyway, linear layers if they have one."""
+    """True where a correction costs nothing at run time: for convolutions, and linear layers that have a bias."""
     return operator(node) != "aten.linear" or (len(node.args) > 2 and node.args[2] is not None)
 
 
 def correct_fast(
-    graph: fx.GraphModule, anchors: Sequence[Anchor], codes: Mapping[str, Code], means: Mapping[str, InputMean]
+    graph: fx.GraphModule, anchors: Sequence[Anchor], codes: Mapping[str, Code], means: Mapping[str, Mean]
 ) -> dict[str, Tensor]:
     """What to add to each bias for the rounding of the layer's own weight, float32, by node."""
     nodes = {node.name: node for node in graph.graph.nodes}
@@ -152,7 +159,8 @@ def mean_difference(exact: Sequence[Tensor], rough: Sequence[Tensor], axis: int)
 def drive(runner: fx.Interpreter, args: Sequence[Any]) -> None:
     """Make an interpreter ready to be driven node by node."""
     runner.extra_traceback = False
-    runner.args_iter = iter(runner.module.graph.process_inputs(*args))
+    graph: Any = runner.module.graph
+    runner.args_iter = iter(graph.process_inputs(*args))
 
 
 def keep(runner: fx.Interpreter, node: fx.Node, value: Any) -> None:

@@ -78,7 +78,7 @@ def emit_weights(
     stored: dict[tuple[Any, ...], fx.Node] = {}
     for anchor in anchors:
         node, code = nodes[anchor.node], codes[anchor.node]
-        x_scale = inputs[behind(node.args[0]).name].scale  # type: ignore[arg-type]
+        x_scale = inputs[behind(node.args[0]).name].scale
         with graph.graph.inserting_before(node):
             if code.key not in stored:
                 # ONNX Runtime fuses a Gemm into integers only where the weight's zero point is written out.

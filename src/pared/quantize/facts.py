@@ -1,4 +1,4 @@
-"""Tensors as plain data, for the facts of a plan: exact, and a few characters a number where a list would take twenty."""
+"""Tensors as plain data, for the facts of a plan: exact, and some five characters a number instead of twenty."""
 
 from __future__ import annotations
 

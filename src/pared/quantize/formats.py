@@ -28,6 +28,13 @@ class Weights:
     symmetric: Annotated[
         bool, pydantic.Field(description="Zero point 0; false gives the tensor a zero point of its own.")
     ] = True
+    cpu: Annotated[
+        Literal["here", "any", "vnni"],
+        pydantic.Field(
+            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
+            " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
+        ),
+    ] = "here"
     rounding: Annotated[
         Nearest | Stochastic | AdaRound,
         pydantic.Field(discriminator="kind", description="nearest, stochastic or adaround."),

@@ -1,6 +1,6 @@
 """Rounding of weights: to the nearest integer, at random, or to where the layer's output suffers least (AdaRound).
 
-A rounding is a tensor of booleans, True where a weight goes up to the next integer. The codes are floor(w / s) plus that.
+A rounding is a tensor of booleans, True where a weight goes up to the next integer. A code is floor(w / s) plus that.
 """
 
 from __future__ import annotations

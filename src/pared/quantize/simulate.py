@@ -1,4 +1,4 @@
-"""Simulation: a placed float graph run as its integers would run, without rewriting it. What the repairs compare with."""
+"""Simulation: a placed float graph run as its integers would run, without rewriting it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ class Numbers:
         """
         source: Any = node.args[0]
         name, code = behind(source).name, self.codes[node.name]
-        return lambda value, args: self.layer(node, (self.activation(name, args[0]), *args[1:]), code)
+
+        def override(_: Any, args: tuple[Any, ...]) -> Tensor:
+            return self.layer(node, (self.activation(name, args[0]), *args[1:]), code)
+
+        return override
 
 
 class Simulation(fx.Interpreter):

@@ -1,6 +1,6 @@
-"""Migration of difficulty from activations to weights (SmoothQuant), between a layer norm and the linear layers it feeds.
+"""Migration of difficulty from activations to weights (SmoothQuant), between a layer norm and the layers it feeds.
 
-A few channels behind a layer norm are many times larger than the others, and one scale for all then wastes the integers.
+A few channels behind a layer norm are many times larger than the others; one scale for all then wastes the integers.
 The layer norm divides each channel by a factor, the linear layers multiply it back: the network computes the same.
 """
 

@@ -79,13 +79,6 @@ class QuantizeStatic:
         Sensitivity | None,
         pydantic.Field(description="Measure what each layer costs alone; with max_drop it is measured anyway."),
     ] = None
-    cpu: Annotated[
-        Literal["here", "any", "vnni"],
-        pydantic.Field(
-            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
-            " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
-        ),
-    ] = "here"
 
     def __post_init__(self) -> None:
         kinds = [repair.kind for repair in self.repairs]
@@ -117,8 +110,8 @@ class QuantizeStatic:
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
         bits = self.weights.bits
         work = work_of(graph, placement, ctx.target.scheme)
+        facts["warnings"] = [*warnings_of(work), *facts.get("warnings", ())]
         facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "conversions": work.conversions}
-        facts["warnings"] = warnings_of(work)
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),
@@ -134,6 +127,7 @@ class QuantizeStatic:
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The quantized program. Raises: QuantizeError where the plan does not fit the model."""
         owner, planned, *prepared = ctx.memo.pop("QuantizeStatic", (None, None))
+        graph: fx.GraphModule
         if owner == self and planned is model:
             graph, placement = prepared
         else:
@@ -151,11 +145,11 @@ class QuantizeStatic:
     def must_suit_any_cpu(self, ctx: Context) -> bool:
         """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
         # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
-        here = self.cpu == "here" and saturates_here() is not False
-        return ctx.target.scheme.saturating != "no" and (self.cpu == "any" or here)
+        here = self.weights.cpu == "here" and saturates_here() is not False
+        return ctx.target.scheme.saturating != "no" and (self.weights.cpu == "any" or here)
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str], list[Skip]]:
-        """The captured graph, what becomes integers in it, the norms that were folded, and the layers that do not run."""
+        """The captured graph, what becomes integers in it, the norms folded, and the layers that do not run."""
         fold = any(isinstance(repair, FoldBatchNorms) for repair in self.repairs)
         graph, folded, idle = prepare(model, ctx.task, "QuantizeStatic", fold=fold)
         if fold:
@@ -172,7 +166,7 @@ class QuantizeStatic:
         return dataclasses.replace(placement, skips=tuple(explained(skip, kept) for skip in placement.skips))
 
     def guard(self, graph: fx.GraphModule, placement: Placement, ctx: Context, facts: dict[str, Any]) -> Placement:
-        """Measure what each layer costs alone, and keep the most fragile in float, as far as the settings ask for it."""
+        """Measure what each layer costs alone, and keep the most fragile in float, where the settings ask for it."""
         if self.max_drop is None and self.sensitivity is None:
             return placement
         setting = self.sensitivity or Sensitivity()
