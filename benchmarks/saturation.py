@@ -46,7 +46,7 @@ NO_VNNI, WITH, SAFE = "8 bits, without VNNI", "8 bits, with VNNI", "safe weights
 def quantized(model: nn.Module, calibration: Sequence[Tensor], cpu: Any, file: Path) -> fx.GraphModule:
     """The program as a processor with VNNI makes it, and its file."""
     task = pared.Task(example_inputs=(calibration[0][:1],), calibration=list(calibration))
-    target, step = find_target("onnxruntime"), pared.QuantizeStatic(cpu=cpu)
+    target, step = find_target("onnxruntime"), pared.QuantizeStatic(weights={"cpu": cpu})
     ctx = Context(task=task, target=target, work=file.parent, dense=model)
     with mock.patch("pared.quantize.static.saturates_here", lambda: False):
         program = step.apply(model, step.plan(model, ctx), ctx)

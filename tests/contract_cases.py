@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pared
+from pared.quantize.search import Sensitivity
 from pared.step import Context, Need, settings
 from pared.task import Batch, Inputs, Task
 from pared.train.callbacks import Callback
@@ -75,8 +76,52 @@ CASES = [
     ),
     Case(
         pared.QuantizeStatic(),
-        {"ranges": "percentile", "include": ["0.*"], "exclude": ["0.*"], "samples": 3, "cpu": "any"},
+        {
+            "ranges": "percentile",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+            "samples": 3,
+            "weights": {"bits": 4},
+            "activations": {"bits": 6},
+            "repairs": (),
+            "max_drop": (pared.QuantizeStatic(weights={"bits": 2}, activations={"bits": 2}), 0.0),
+            "sensitivity": Sensitivity(samples=4),
+        },
         candidates=weighted,
+    ),
+    Case(
+        pared.QuantizeWeights(),
+        {
+            "bits": 8,
+            "group_size": None,
+            "symmetric": True,
+            "method": "nearest",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
+    Case(
+        pared.CastHalf(),
+        {
+            "dtype": "bfloat16",
+            "activations": True,
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
+    Case(
+        pared.QuantizeDynamic(),
+        {
+            "weights": "per_tensor",
+            "activations": "per_tensor",
+            "bits": 4,
+            "include": ["0", "2"],
+            "exclude": ["4"],
+        },
+        candidates=weighted,
+        on="mlp",
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

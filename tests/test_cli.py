@@ -337,7 +337,7 @@ def test_bench_shows_every_file_against_the_first(
     monkeypatch.setenv("COLUMNS", "140")
     options = ["--batch-size", "4", "--threads", "1", "--dimension", "n=7", "--dimension", "m=8"]
     assert main(["bench", "a[1].onnx", "b.onnx", *options]) == 0
-    settings = {"target": "onnxruntime", "batch_size": 4, "threads": 1, "dimensions": {"n": 7, "m": 8}}
+    settings = {"target": "onnxruntime", "batch_size": 4, "threads": 1, "dimensions": {"n": 7, "m": 8}, "trust": False}
     assert asked == [([Path("a[1].onnx"), Path("b.onnx")], settings)]
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "a[1].onnx 8.10 ms 9.00 ms baseline 4.00 MB 90.0 MB" in rows

@@ -251,3 +251,12 @@ def test_id_sees_strings_and_half_precision_when_data_have_them() -> None:
     halves = [Task(example_inputs=X.bfloat16() + i).id for i in range(2)]
     assert halves[0] != halves[1]
     assert Task(example_inputs=np.ones((1, 2), np.float32)).id == Task(example_inputs=torch.ones(1, 2)).id
+
+
+def test_chunks_cut_every_input_alike_when_the_last_is_smaller() -> None:
+    inputs = as_inputs({"a": torch.arange(40).reshape(40, 1), "b": torch.arange(40)})
+    parts = list(inputs.chunks(12))
+    assert [part.size for part in parts] == [12, 12, 12, 4]
+    for part in parts:
+        assert torch.equal(part.kwargs["a"][:, 0], part.kwargs["b"])
+    assert torch.equal(torch.cat([part.kwargs["b"] for part in parts]), inputs.kwargs["b"])

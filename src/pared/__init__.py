@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.dynamic import QuantizeDynamic
+    from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
+    from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
     from pared.report.data import Report
     from pared.task import Task
@@ -21,8 +24,11 @@ if TYPE_CHECKING:
 HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
+    "CastHalf": "pared.quantize.half",
     "ParedError": "pared.errors",
+    "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
+    "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
     "Report": "pared.report.data",
     "Task": "pared.task",
@@ -37,8 +43,11 @@ HOMES = {
 __all__ = [
     "Artifact",
     "Budget",
+    "CastHalf",
     "ParedError",
+    "QuantizeDynamic",
     "QuantizeStatic",
+    "QuantizeWeights",
     "Recipe",
     "Report",
     "Task",

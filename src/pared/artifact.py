@@ -28,7 +28,7 @@ from pared.report.html import ledger_html, write_html
 from pared.step import Plan
 from pared.surgery import apply_edits
 from pared.targets.risk import warning
-from pared.targets.sessions import open_session, runtime
+from pared.targets.sessions import files_of, open_session, runtime
 from pared.task import Inputs, as_inputs
 
 if TYPE_CHECKING:
@@ -48,11 +48,13 @@ class Artifact:
         path: Its folder.
         report: The ledger.
         plans: What each kept step changed.
+        trust: True where its exported file may run code that it carries.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any], *, trust: bool = False) -> None:
         self.path = path
         self.manifest = manifest
+        self.trust = trust
         self.report = Report.read(path)
         try:
             plans = json.loads((path / "plans.json").read_text(encoding="utf8"))
@@ -74,10 +76,11 @@ class Artifact:
 
         Raises:
             DataError: The inputs are no tensors, or a keyword is none of the file's inputs.
+            UsageError: The file carries code, and the artifact was opened without `trust=True`.
             TargetError: The runtime refuses them.
         """
         if self.session is None:
-            self.session = open_session(self.manifest["target"], self.file, threads=usable_cores())
+            self.session = open_session(self.manifest["target"], self.file, threads=usable_cores(), trust=self.trust)
             if told := warning(self.file, self.manifest["target"]):
                 warnings.warn(told, stacklevel=2)
         names = [spec.name for spec in self.session.inputs]
@@ -130,7 +133,8 @@ def write_artifact(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shutil.copyfile(file, folder / target.filename)
+    for part in files_of(target.name, file):
+        shutil.copyfile(part, folder / part.name)
     (folder / TENSORS).write_bytes(save(dict(tensors)))
     if program is not None:
         save_program(program, folder / PROGRAM)
@@ -173,8 +177,16 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     path.write_bytes(buffer.getbuffer())
 
 
-def open_artifact(path: str | Path) -> Artifact:
-    """The artifact in a folder, its files checked against their fingerprints. Raises: ArtifactError."""
+def open_artifact(path: str | Path, *, trust: bool = False) -> Artifact:
+    """The artifact in a folder, its files checked against their fingerprints.
+
+    Args:
+        path: The artifact's folder.
+        trust: Say that it comes from someone you trust: the files of some targets carry code, and `predict` runs it.
+
+    Raises:
+        ArtifactError: The artifact is missing or damaged.
+    """
     folder = Path(path)
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -186,7 +198,7 @@ def open_artifact(path: str | Path) -> Artifact:
             raise ArtifactError(f"{folder} lacks {name}; the artifact is damaged, make it again")
         if digest(file) != expected:
             raise ArtifactError(f"{folder}: {name} is not the file that was written; the artifact is damaged")
-    return Artifact(folder, manifest)
+    return Artifact(folder, manifest, trust=trust)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -203,7 +215,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     wrong = [name for name, kind in shape.items() if type(manifest.get(name)) is not kind]
     if wrong:
         raise ArtifactError(f"{folder / MANIFEST} is damaged: its entry {wrong[0]!r} is missing or wrong")
-    needed = {runtime(manifest["target"]).filename, TENSORS, "plans.json", "report.json"}
+    needed = {*runtime(manifest["target"]).files, TENSORS, "plans.json", "report.json"}
     names = manifest["files"]
     if not needed <= names.keys() or not all(map(is_plain, names)) or manifest["output"] < 0:
         raise ArtifactError(f"{folder / MANIFEST} is damaged: its list of files is wrong")

@@ -15,6 +15,8 @@
     │   └── ParityError        the exported file and its own PyTorch model disagree
     └── MeasureError           a measurement failed: the worker process died or timed out
 
+    ParedWarning               the work went on, and its result deserves doubt; a `UserWarning`
+
 A message names the layer, operator or entry, says what was found and expected, and ends with the next step.
 """
 
@@ -82,6 +84,10 @@ class ParityError(TargetError):
 
 class MeasureError(ParedError):
     """A measurement could not be taken."""
+
+
+class ParedWarning(UserWarning):
+    """The work went on, but its result deserves doubt: the text holds the evidence."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

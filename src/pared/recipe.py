@@ -23,6 +23,9 @@ from pared.strict_yaml import read_json, read_yaml
 STEPS: Mapping[str, str] = {
     "Train": "pared.train.step:Train",
     "QuantizeStatic": "pared.quantize.static:QuantizeStatic",
+    "QuantizeWeights": "pared.quantize.weights:QuantizeWeights",
+    "CastHalf": "pared.quantize.half:CastHalf",
+    "QuantizeDynamic": "pared.quantize.dynamic:QuantizeDynamic",
 }
 Place = tuple[str | int, ...]
 

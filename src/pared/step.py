@@ -113,6 +113,17 @@ class Scheme:
         saturating: Whether two products of an unsigned activation and a signed weight are added in 16 bits on x86
             without VNNI: "no"; of "neighbours", as `measure.saturation` orders them; or of "any" two weights of a
             channel, where the order is not known.
+        sharing: Joining operators that take and give integers of one scale and zero point alone.
+        bias_dtype: How biases are written: integers in units of input scale x weight scale, or as they are.
+        weight_zero_points: True where the runtime wants to see the zeros that symmetric weights have.
+        float_activations: True where an integer layer with an absorbed activation may write float.
+        summed: Joining operators that the runtime computes on the accumulator of a convolution before them, which then
+            needs no integer output of its own.
+        weight_only: Operators whose weight alone may be integers, beside float activations.
+        halves: Of "float16" and "bfloat16", what the runtime takes.
+        fast_halves: Of these, what it computes faster than float32.
+        dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
+        norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
     activation_dtype: Literal["uint8", "int8"]
@@ -123,6 +134,16 @@ class Scheme:
     following: frozenset[str]
     absorbed: frozenset[str]
     saturating: Saturating = "no"
+    sharing: frozenset[str] = frozenset()
+    bias_dtype: Literal["int32", "float32"] = "int32"
+    weight_zero_points: bool = False
+    float_activations: bool = False
+    summed: frozenset[str] = frozenset()
+    weight_only: frozenset[str] = frozenset()
+    halves: frozenset[str] = frozenset()
+    fast_halves: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
+    norms_as_convolutions: bool = False
 
 
 class InputSpec(Protocol):

@@ -62,6 +62,16 @@ class Inputs(NamedTuple):
         """Number of samples: the first tensor's first dimension."""
         return next(iter(self.tensors.values())).shape[0]
 
+    def part(self, start: int, stop: int) -> Inputs:
+        """Samples `start` to `stop`."""
+        part = {name: tensor[start:stop] for name, tensor in self.tensors.items()}
+        args = tuple(part.get(str(i), value) for i, value in enumerate(self.args))
+        return Inputs(args, {name: part.get(name, value) for name, value in self.kwargs.items()})
+
+    def chunks(self, size: int) -> Iterator[Inputs]:
+        """The same samples, `size` at a time; the last part may be smaller."""
+        return (self.part(start, start + size) for start in range(0, self.size, size))
+
     def to(self, device: torch.device | str) -> Inputs:
         """The same inputs on another device."""
         moved = {name: value.to(device) for name, value in self.tensors.items()}

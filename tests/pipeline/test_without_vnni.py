@@ -45,7 +45,9 @@ def quantize(folder: Path, cpu: Any) -> pared.Artifact:
         patched.setattr("pared.pipeline.run.peak_memory", lambda command: 1)
         # Where there is no VNNI the file itself saturates, and is refused: rightly, and not here.
         patched.setattr("pared.pipeline.stage.check_parity", lambda *_, **__: None)
-        return pared.compress(model, [pared.QuantizeStatic(cpu=cpu)], task, target="onnxruntime", out=folder)
+        return pared.compress(
+            model, [pared.QuantizeStatic(weights={"cpu": cpu})], task, target="onnxruntime", out=folder
+        )
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pared.activations import Extremes
 from pared.errors import DataError, QuantizeError
 from pared.graph.capture import capture
-from pared.quantize.calibrate import CHUNK, calibrate, chunks, first_samples
+from pared.quantize.calibrate import CHUNK, calibrate, first_samples
 from pared.task import Batch, Task, as_batch, as_inputs
 
 
@@ -174,13 +174,3 @@ def test_first_samples_reads_no_further_than_it_must() -> None:
 
     assert len(list(first_samples(source(), 4))) == 2
     assert read == [0, 1]
-
-
-def test_chunks_cut_every_input_alike() -> None:
-    inputs = as_inputs({"a": torch.arange(40).reshape(40, 1), "b": torch.arange(40)})
-    parts = list(chunks(inputs))
-    assert [part.size for part in parts[:-1]] == [CHUNK] * (len(parts) - 1)
-    assert 0 < parts[-1].size <= CHUNK
-    for part in parts:
-        assert torch.equal(part.kwargs["a"][:, 0], part.kwargs["b"])
-    assert torch.equal(torch.cat([part.kwargs["b"] for part in parts]), inputs.kwargs["b"])

@@ -55,7 +55,7 @@ def emitted(cpu: Literal["here", "any"]) -> tuple[nn.Module, fx.GraphModule, byt
     """A model, its program as a processor with VNNI gets it, and the file of that."""
     generator = torch.Generator().manual_seed(0)
     model, data = uniform(Net()), torch.rand(6, 3, 24, 24, generator=generator)
-    step, target = QuantizeStatic(cpu=cpu), OnnxRuntime()
+    step, target = QuantizeStatic(weights={"cpu": cpu}), OnnxRuntime()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patched:
         patched.setattr(static, "saturates_here", lambda: False)
         task = Task(example_inputs=data[:1], calibration=[data])

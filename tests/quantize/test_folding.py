@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from pared.errors import QuantizeError
 from pared.graph.capture import capture, operator
 from pared.quantize.folding import fold_batch_norms, folded
-from pared.quantize.static import own_tensors
+from pared.quantize.program import own_tensors
 from pared.task import Task
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -15,7 +15,7 @@ from pared.errors import PlanError
 from pared.graph.capture import capture, operator
 from pared.quantize.folding import fold_batch_norms
 from pared.quantize.placement import Placement, place
-from pared.quantize.static import own_tensors
+from pared.quantize.program import own_tensors
 from pared.targets.onnxruntime import SCHEME
 from pared.task import Task
 from torchvision_models import torchvision_model
@@ -147,6 +147,8 @@ JOINS: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
     "add_of_a_number": (lambda s, x: s.c(s.a(x) + 1.0), []),
     "add_of_a_constant": (lambda s, x: s.c(s.a(x) + s.p.weight), []),
     "add_of_floats": (lambda s, x: s.c(torch.tanh(s.a(x)) + torch.tanh(x)), []),
+    "add_of_a_float_branch": (lambda s, x: s.c(s.a(x) + torch.tanh(s.b(x))), []),
+    "add_of_what_a_layer_takes": (lambda s, x: s.c(s.a(t := torch.tanh(x)) + t), ["add"]),
     "two_adds": (lambda s, x: s.c(s.a(x) + s.b(x) + s.a(x)), ["add", "add"]),
     "mul": (lambda s, x: s.c(s.a(x) * s.b(x)), ["mul"]),
     "average_pool": (lambda s, x: s.c(F.avg_pool2d(s.a(x), 2)), ["avg_pool2d"]),

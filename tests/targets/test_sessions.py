@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pared.errors import TargetError, UsageError
-from pared.targets.sessions import InputSpec, open_session
+from pared.targets import TARGETS, sessions
+from pared.targets.sessions import RUNTIMES, InputSpec, Runtime, files_of, open_session, size_of
 from tiny_onnx import weight, write_chain, write_lookup
 
 
@@ -81,3 +82,35 @@ def test_open_session_says_what_to_install_when_the_runtime_is_missing(
 def test_session_refuses_when_inputs_do_not_fit(chain: Path, inputs: list[np.ndarray], message: str) -> None:
     with pytest.raises(TargetError, match=message):
         open_session("onnxruntime", chain, threads=1).run(inputs)
+
+
+@pytest.fixture
+def two_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Runtime(
+        about="For tests.",
+        session="pared.targets.sessions:OnnxRuntimeSession",
+        files=("model.xml", "model.bin", "model.more.bin"),
+        packages=("pared",),
+        install="pared[two]",
+        carries_code=True,
+    )
+    monkeypatch.setattr(sessions, "RUNTIMES", {**RUNTIMES, "two": row})
+
+
+def test_files_of_finds_those_beside_when_they_exist(tmp_path: Path, two_files: None) -> None:
+    for name, size in {"a.xml": 1, "a.bin": 20, "b.bin": 300, "a.xml.data": 4000}.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert [file.name for file in files_of("two", tmp_path / "a.xml")] == ["a.xml", "a.bin", "a.xml.data"]
+    assert size_of("two", tmp_path / "a.xml") == 4021
+    (tmp_path / "a.more.bin").write_bytes(b"x" * 50000)
+    assert size_of("two", tmp_path / "a.xml") == 54021
+
+
+def test_open_session_refuses_when_a_file_with_code_is_not_trusted(chain: Path, two_files: None) -> None:
+    with pytest.raises(UsageError, match=r"chain\.onnx carries code .* trust=True"):
+        open_session("two", chain, threads=1)
+    assert open_session("two", chain, threads=1, trust=True).inputs
+
+
+def test_every_target_has_a_runtime() -> None:
+    assert RUNTIMES.keys() == TARGETS.keys()

@@ -136,13 +136,16 @@ def bench(
     dimension: Annotated[
         list[str] | None, typer.Option(metavar="NAME=SIZE", help="Size of another free dimension.")
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open files that carry code; say so only of files you trust.")
+    ] = False,
 ) -> None:
     """Time exported files in turn, each in a process of its own, and say which is faster."""
     from pared.cli import show
     from pared.targets.bench import bench as time_files
 
     sizes = dict(dimension_of(text) for text in dimension or ())
-    rows = time_files(files, target=target, batch_size=batch_size, threads=threads, dimensions=sizes)
+    rows = time_files(files, target=target, batch_size=batch_size, threads=threads, dimensions=sizes, trust=trust)
     show.print_bench(rows)
 
 

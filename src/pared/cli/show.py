@@ -56,7 +56,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
         rows = [(module, ", ".join(made)) for module, made in kinds.items()]
         rows += [(skip.module, f"stays: {skip.reason}") for skip in plan.skips]
         say(f"{number} {plan.step}: {counted}")
-        say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing", "")
+        say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing")
+        say(*(f"  {warning}" for warning in plan.facts.get("warnings", ())), "")
 
 
 def print_counts(rows: Sequence[LayerCount]) -> None:
@@ -138,10 +139,14 @@ def list_steps() -> None:
 
 def list_targets() -> None:
     """Every runtime that models can ship on."""
-    from pared.targets.sessions import RUNTIMES
+    from pared.measure.environment import version_of
+    from pared.targets.sessions import RUNTIMES, how_to_install
 
-    rows = [(name, runtime.filename, first_line(runtime.open)) for name, runtime in RUNTIMES.items()]
-    say(table(rows, name="left", file="left", what_it_is="left"))
+    rows = [
+        (name, runtime.filename, runtime.about, version_of(runtime.packages[-1]) or how_to_install(name))
+        for name, runtime in RUNTIMES.items()
+    ]
+    say(table(rows, name="left", file="left", what_it_is="left", installed="left"))
 
 
 def list_models() -> None:

@@ -24,21 +24,24 @@ OURS = tuple(Path(file).parent for file in (torch.__file__, errors.__file__) if 
 STANDARD_LIBRARY = Path(contextlib.__file__).parent
 
 
-def capture(model: nn.Module, task: Task) -> ExportedProgram:
+def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = None) -> ExportedProgram:
     """Export a model in eval mode, with a dynamic batch and the task's further dynamic dimensions.
 
     Args:
         model: Any module that `torch.export` takes. It is not changed; its train/eval flags come back as they were.
         task: Gives the example inputs. They are doubled along the batch, since export specializes a batch of 1.
+        limits: Largest size of a dynamic dimension, by name, for runtimes that plan their memory ahead. A batch of at
+            most 1 is fixed.
 
     Raises:
         CaptureError: The model cannot be exported, or does not run on the example inputs; names the line of its code.
     """
-    inputs = doubled(task.example_inputs)
+    limits = limits or {}
+    inputs = task.example_inputs.part(0, 1) if limits.get("batch") == 1 else doubled(task.example_inputs)
     with evaluating(model), torch.no_grad(), quiet():
         with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
-            shapes = dynamic_shapes(model, inputs, task)
+            shapes = dynamic_shapes(model, inputs, task, limits)
         with Explained(
             "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
         ):
@@ -80,18 +83,23 @@ def doubled(inputs: Inputs) -> Inputs:
     return Inputs(tuple(twice(v) for v in inputs.args), {k: twice(v) for k, v in inputs.kwargs.items()})
 
 
-def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task) -> dict[str, Any]:
+def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task, limits: Mapping[str, int]) -> dict[str, Any]:
     """The `dynamic_shapes` of `torch.export`: the batch, and what `Task.dynamic` names.
 
     They have the structure of the forward's own parameters: those of `*args` come in a tuple.
     """
-    dims: dict[str, Any] = {"batch": Dim("batch")}
+    batch = None if limits.get("batch") == 1 else Dim("batch", max=limits.get("batch"))
+    dims: dict[str, Any] = {"batch": batch}
 
     def spec(name: str, value: Any) -> Mapping[int, Any] | None:
         if not isinstance(value, Tensor):
             return None
         named = {0: "batch", **task.dynamic_of(name)}
-        return {d: dims.setdefault(label, Dim(label)) for d, label in named.items()}
+        for label in named.values():
+            if label in limits:
+                dims.setdefault(label, Dim(label, max=limits[label]))
+        # Without a limit of the runtime's, a further dimension has the range that the model itself allows.
+        return {d: dims.get(label, Dim.DYNAMIC) for d, label in named.items()}
 
     args = [spec(str(i), value) for i, value in enumerate(inputs.args)]
     kwargs = {name: spec(name, value) for name, value in inputs.kwargs.items()}

@@ -12,10 +12,11 @@ from torch import nn
 from pared.identity import identity, values_of
 from pared.measure.environment import version_of
 from pared.step import Step, settings_of
+from pared.targets.sessions import runtime, why_not_here
 from pared.task import Task
 from pared.train.checkpoint import fingerprint
 
-PACKAGES = ("pared", "torch", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("pared", "torch")
 
 
 def start_key(model: nn.Module, task: Task, target: str, seed: int) -> str:
@@ -23,8 +24,9 @@ def start_key(model: nn.Module, task: Task, target: str, seed: int) -> str:
     parts = {
         "modules": [(name, identity(own_parts(module))) for name, module in model.named_modules()],
         "teachers": {name: identity(teacher) for name, teacher in sorted(task.teachers.items())},
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in (*PACKAGES, *runtime(target).packages)},
         "target": target,
+        "runs_here": not why_not_here(target),
     }
     return fingerprint(model, task, parts, seed)
 

@@ -38,6 +38,7 @@ from pared.report import data as report
 from pared.seeding import seed_all
 from pared.step import Context, Plan, Progress, Step, Target, settings_of
 from pared.surgery import apply_edits
+from pared.targets.sessions import summary_of, why_not_here
 from pared.targets.worker import worker_command, write_inputs
 from pared.task import Task
 from pared.train.checkpoint import restore, snapshot
@@ -65,6 +66,11 @@ class Run:
         """Fingerprint of what every stage depends on."""
         return start_key(self.model, self.task, self.target.name, self.seed)
 
+    @functools.cached_property
+    def missing(self) -> str:
+        """Why the target's files cannot run on this machine, or ""."""
+        return why_not_here(self.target.name)
+
     @property
     def threads(self) -> int:
         """Threads that files are run and timed with."""
@@ -89,7 +95,8 @@ class Run:
             if kept:
                 good, history = last, plans
             self.rows = [
-                dataclasses.replace(row, kept=kept, why=why) if row.block == block else row for row in self.rows
+                dataclasses.replace(row, kept=kept, why=why or row.why) if row.block == block else row
+                for row in self.rows
             ]
         self.progress("stages", len(steps), len(steps), "measure on test data")
         return self.write(good, history, baseline, recipe, run_key(self.key, steps, self.budget, self.timing))
@@ -112,10 +119,10 @@ class Run:
         # Test data are read again only where the run is over: a change in them shows, and decides nothing else.
         if manifest["run"] != run_key(self.key, steps, self.budget, self.timing):
             return None
-        if manifest["test"] != test_id(self.task, self.seed):
+        if not self.missing and manifest["test"] != test_id(self.task, self.seed):
             return None
         self.space.clear()
-        return open_artifact(self.space.out)
+        return open_artifact(self.space.out, trust=True)  # whoever resumes a run trusts what it left
 
     def baseline(self) -> Stage:
         """The model as it came in, exported."""
@@ -193,9 +200,7 @@ class Run:
         """Time a stage's file in turn with the baseline's and the last good one's, and write its row."""
         files = list(dict.fromkeys([*(other.file for other in others), stage.file]))
         self.progress("measure", 0, 1, name)
-        commands = [self.command(file) for file in files]
-        times = dict(zip(files, time_in_turn(commands, rounds=self.timing.rounds), strict=True))
-        self.against = {file: speedup(times[file], times[stage.file], seed=self.seed) for file in files}
+        timed = {} if self.missing else self.timed(files, stage)
         counts = self.counts(stage.floating)
         plan = stage.plan
         self.progress("measure", 1, 1, name)
@@ -207,18 +212,30 @@ class Run:
             changed=plan.changed if plan else (),
             skipped=tuple(report.Skipped(module=s.module, reason=s.reason) for s in plan.skips) if plan else (),
             layers=layer_table(counts, plans),
+            measured=not self.missing,
+            why=self.missing and self.missing + ("; accuracy and speed could not be judged" if block else ""),
+            warnings=tuple(plan.facts.get("warnings", ())) if plan else (),
             metrics=stage.facts["metrics"],
-            latency_ms=percentiles(times[stage.file]),
-            speedup=self.against[files[0]] if stage.file != files[0] else None,
+            **timed,
             size_bytes=stage.facts["size_bytes"],
             params=stage.facts["params"],
             nonzero_params=stage.facts["nonzero_params"],
             macs=sum(row.macs for row in counts),
-            peak_memory_bytes=peak_memory(commands[-1]),
             parity=stage.agreement("parity"),
             fidelity=stage.agreement("fidelity"),
             without_vnni=stage.without_vnni,
         )
+
+    def timed(self, files: list[Path], stage: Stage) -> dict[str, Any]:
+        """What running a stage's file tells: latency, speed-up against the first of the files, peak memory."""
+        commands = [self.command(file) for file in files]
+        times = dict(zip(files, time_in_turn(commands, rounds=self.timing.rounds), strict=True))
+        self.against = {file: speedup(times[file], times[stage.file], seed=self.seed) for file in files}
+        return {
+            "latency_ms": percentiles(times[stage.file]),
+            "speedup": self.against[files[0]] if stage.file != files[0] else None,
+            "peak_memory_bytes": peak_memory(commands[-1]),
+        }
 
     def command(self, file: Path) -> list[str]:
         """The worker that runs a file on one call's inputs."""
@@ -228,7 +245,7 @@ class Run:
             arrays = [np.concatenate([array] * size)[:size] for array in self.task.example_inputs.arrays(names)]
             self.inputs = self.space.path / "inputs.npz"
             write_inputs(self.inputs, arrays)
-        return worker_command(self.target.name, file, threads=self.threads, inputs_file=self.inputs)
+        return worker_command(self.target.name, file, threads=self.threads, inputs_file=self.inputs, trust=True)
 
     def counts(self, model: nn.Module) -> list[LayerCount]:
         """Parameters and multiply-accumulates of each layer; counted once a model."""
@@ -257,8 +274,8 @@ class Run:
                 )
         if not changes:
             return ""
-        against = self.against[good.file]
-        if against.verdict == "slower" and not self.budget.allow_slower:
+        against = self.against.get(good.file)  # None where the runtime cannot run here
+        if against is not None and against.verdict == "slower" and not self.budget.allow_slower:
             return f"slower than the last good stage: {against.value:.2f}x ({against.low:.2f} to {against.high:.2f})"
         if last.facts["size_bytes"] > good.facts["size_bytes"] and not self.budget.allow_larger:
             return f"the file is larger: {last.facts['size_bytes']} bytes after {good.facts['size_bytes']}"
@@ -269,9 +286,7 @@ class Run:
     ) -> Artifact:
         """Read `test` once, write the report and the artifact, and swap it in."""
         seed_all(self.task, self.seed, 0)
-        files = [baseline.file, shipped.file]
-        session = self.target.open(shipped.file, threads=self.threads)
-        (before, after), test = test_metrics(files, shipped.output, self.task, self.target, self.threads)
+        (before, after), test = self.judged(baseline, shipped)
         kept = [row for row in self.rows if row.kept]
         figures = {field.name: getattr(kept[-1], field.name) for field in dataclasses.fields(report.Figures)}
         final = report.Final(
@@ -281,7 +296,7 @@ class Run:
             baseline_size_bytes=baseline.facts["size_bytes"],
         )
         ledger = report.Report(
-            environment=environment(self.seed) | {"session": dict(session.options)},
+            environment=environment(self.seed) | {"session": self.session(shipped.file)},
             timing=report.Timing(batch_size=self.timing.batch_size, threads=self.threads, host=environment(0)["cpu"]),
             target=self.target.name,
             task={
@@ -306,7 +321,19 @@ class Run:
             run={"run": key, "test": test},
         )
         self.space.finish(folder)
-        return open_artifact(self.space.out)
+        return open_artifact(self.space.out, trust=True)  # this very run has made it
+
+    def judged(self, baseline: Stage, shipped: Stage) -> tuple[list[dict[str, float]], str]:
+        """Metrics on `test` of the baseline's file and of what ships, and the data's fingerprint."""
+        if self.missing:
+            return [{}, {}], ""
+        return test_metrics([baseline.file, shipped.file], shipped.output, self.task, self.target, self.threads)
+
+    def session(self, file: Path) -> dict[str, str]:
+        """How the runtime was set up, or why it was not, and what the export's own notes say."""
+        if self.missing:
+            return {"not_run": self.missing} | summary_of(self.target.name, file)
+        return dict(self.target.open(file, threads=self.threads).options)
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from pared.pipeline.workspace import write_json
 from pared.report.data import Agreement, Layer, WithoutVnni, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
+from pared.targets.sessions import size_of, why_not_here
 from pared.task import FIRST, Batch, Inputs, Role, Task, call, content_of, evaluate, evaluate_all
 
 PARITY_SAMPLES = 256
@@ -58,9 +59,9 @@ class Stage:
         """True where activations are quantized: the model is an exported program."""
         return self.model is not self.floating
 
-    def agreement(self, name: str) -> Agreement:
-        """Parity or fidelity, as measured."""
-        return pydantic.TypeAdapter(Agreement).validate_python(self.facts[name])
+    def agreement(self, name: str) -> Agreement | None:
+        """Parity or fidelity, as measured; None where the runtime cannot run here."""
+        return pydantic.TypeAdapter(Agreement | None).validate_python(self.facts[name])
 
     @property
     def without_vnni(self) -> WithoutVnni | None:
@@ -155,21 +156,26 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
 def finish_stage(
     stage: Stage, before: nn.Module | None, baseline: Path, task: Task, target: Target, threads: int
 ) -> None:
-    """Export a stage, pass it through the parity gate, take what does not depend on time, and write it all down."""
+    """Export a stage, pass it through the parity gate, take what does not depend on time, and write it all down.
+
+    Where the runtime cannot run here, the file is written all the same, and what running it would tell stays unknown.
+    """
     folder = stage.file.parent
     target.export(stage.model, task, stage.file)
-    session = target.open(stage.file, threads=threads)
-    stage.facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
-    reference = target.open(baseline, threads=threads)
-    fidelity, metrics = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
+    facts: dict[str, Any] = {"parity": None, "fidelity": None, "metrics": {}, "without_vnni": None}
+    if not why_not_here(target.name):
+        session = target.open(stage.file, threads=threads)
+        facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
+        reference = target.open(baseline, threads=threads)
+        fidelity, facts["metrics"] = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
+        facts["fidelity"] = dataclasses.asdict(fidelity)
+        role, batches = judging_data(task)
+        judged = tuple(task.metrics) if role == "validation" else ()
+        if stage.quantized:
+            facts["without_vnni"] = emulate_without_vnni(stage.model, target, task, batches, judged)
     parameters = {id(p): p for p in stage.floating.parameters()}.values()
-    role, batches = judging_data(task)
-    judged = tuple(task.metrics) if role == "validation" else ()
-    stage.facts |= {
-        "without_vnni": emulate_without_vnni(stage.model, target, task, batches, judged) if stage.quantized else None,
-        "fidelity": dataclasses.asdict(fidelity),
-        "metrics": metrics,
-        "size_bytes": stage.file.stat().st_size,
+    stage.facts |= facts | {
+        "size_bytes": size_of(target.name, stage.file),
         "params": sum(parameter.numel() for parameter in parameters),
         "nonzero_params": nonzero_params(stage.floating),
     }
@@ -235,7 +241,8 @@ def layer_table(counts: Sequence[LayerCount], plans: Sequence[Plan]) -> tuple[La
     for plan in plans:
         became |= dict.fromkeys(plan.facts.get("folded", ()), "folded")
         for edit in plan.edits:
-            became[edit.module] = f"int{edit.detail['bits']}" if edit.kind == "quantize" else edit.kind
+            quantized = edit.detail.get("dtype") or f"int{edit.detail.get('bits')}"
+            became[edit.module] = quantized if edit.kind == "quantize" else edit.kind
     return tuple(
         Layer(
             module=row.module, kind=row.kind, params=row.params, macs=row.macs, became=became.get(row.module, "float32")

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from pared.measure.fidelity import Comparison
 from pared.metrics import Metric
-from pared.quantize.calibrate import chunks, sliced
+from pared.quantize.calibrate import CHUNK
 from pared.quantize.emulation import Emulation, layers_at_risk
 from pared.step import Target
 from pared.task import Batch, Inputs, Task, evaluate_all
@@ -59,7 +59,7 @@ def emulate_without_vnni(
 
     batches = iter(batches)
     first = next(batches)
-    predict(exact, task, sliced(first.inputs, 0, 1))
+    predict(exact, task, first.inputs.part(0, 1))
     samples = max(FEWEST, min(SAMPLES, MACS // max(exact.macs, 1)))
     seen = list(limited(itertools.chain([first], batches), samples))
     before, after = (
@@ -88,7 +88,7 @@ def unlabelled(
 
 def predict(emulation: Emulation, task: Task, inputs: Inputs) -> Tensor:
     """The output that the task looks at, a few samples at a time."""
-    return torch.cat([task.pick(emulation(part)) for part in chunks(inputs)])
+    return torch.cat([task.pick(emulation(part)) for part in inputs.chunks(CHUNK)])
 
 
 def limited(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
@@ -97,7 +97,7 @@ def limited(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     for batch in batches:
         size = min(batch.inputs.size, left)
         cut = isinstance(batch.target, Tensor) and size < batch.inputs.size
-        yield Batch(sliced(batch.inputs, 0, size), batch.target[:size] if cut else batch.target)
+        yield Batch(batch.inputs.part(0, size), batch.target[:size] if cut else batch.target)
         left -= size
         if left <= 0:
             return

@@ -87,8 +87,23 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
     nodes = {node.name: node for node in graph.graph.nodes}
     candidates = [node for node in nodes.values() if operator(node) in scheme.weighted | CANDIDATES]
     check_patterns(include, exclude, [layer(node) for node in candidates])
+    anchors, skips = anchors_of(nodes, scheme, include, exclude)
+    joins = active_joins(nodes, {anchor.node for anchor in anchors}, scheme)
+    for node in nodes.values():
+        if operator(node) in scheme.joining and node.name not in joins:
+            skips.append(Skip(label(node), "no integer layer on both sides: it would only add conversions"))
+    roots = quantized_tensors(nodes, [anchor.node for anchor in anchors], joins, scheme)
+    return Placement(tuple(anchors), tuple(joins), roots, tuple(skips))
+
+
+def anchors_of(
+    nodes: dict[str, fx.Node], scheme: Scheme, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[list[Anchor], list[Skip]]:
+    """The candidates that become integers, and those that do not, with the reason."""
     anchors, skips = [], []
-    for node in candidates:
+    for node in nodes.values():
+        if operator(node) not in scheme.weighted | CANDIDATES:
+            continue
         reason = why_not(node, scheme, include, exclude)
         if reason is None:
             weight: Any = node.args[1]
@@ -96,12 +111,7 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
             anchors.append(Anchor(node.name, layer(node), name, operator(node)))
         else:
             skips.append(Skip(label(node), reason))
-    joins = active_joins(nodes, {anchor.node for anchor in anchors}, scheme)
-    for node in nodes.values():
-        if operator(node) in scheme.joining and node.name not in joins:
-            skips.append(Skip(label(node), "no integer layer on both sides: it would only add conversions"))
-    roots = quantized_tensors(nodes, [anchor.node for anchor in anchors], joins, scheme)
-    return Placement(tuple(anchors), tuple(joins), roots, tuple(skips))
+    return anchors, skips
 
 
 def label(node: fx.Node) -> str:
@@ -136,14 +146,19 @@ def check_patterns(include: tuple[str, ...], exclude: tuple[str, ...], names: li
                 raise PlanError(f"{setting}={pattern!r} matches no layer; {nearest(pattern, names)}")
 
 
-def why_not(node: fx.Node, scheme: Scheme, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
-    """The reason for leaving a candidate in float, or None."""
-    name = layer(node)
+def left_out(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+    """Why the caller's patterns leave a layer out, or None."""
     if not any(fnmatchcase(name, pattern) for pattern in include):
         return "not in include"
     excluded = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
-    if excluded is not None:
-        return f"excluded by {excluded!r}"
+    return None if excluded is None else f"excluded by {excluded!r}"
+
+
+def why_not(node: fx.Node, scheme: Scheme, include: tuple[str, ...], exclude: tuple[str, ...]) -> str | None:
+    """The reason for leaving a candidate in float, or None."""
+    out = left_out(layer(node), include, exclude)
+    if out is not None:
+        return out
     if operator(node) not in scheme.weighted:
         return f"{operator(node)} does not run in integers here"
     weight, x = node.args[1], node.args[0]
@@ -220,6 +235,12 @@ def active_joins(nodes: dict[str, fx.Node], anchors: set[str], scheme: Scheme) -
             inputs = activations(node)
             if node.name in anchors:
                 memo[node.name] = True
+            elif name == "aten.add":
+                # An addend that a float operator made would be rounded for the sum alone, and a residual stream loses
+                # more by that than the sum gains. One that also goes into an integer layer is rounded anyhow.
+                memo[node.name] = suits(node) and all(
+                    comes_from_integers(arg, memo) or feeds_an_anchor(arg) for arg in inputs
+                )
             elif name in scheme.joining:
                 memo[node.name] = suits(node) and any(comes_from_integers(arg, memo) for arg in inputs)
             elif name in scheme.following | scheme.absorbed:
@@ -227,6 +248,11 @@ def active_joins(nodes: dict[str, fx.Node], anchors: set[str], scheme: Scheme) -
             else:
                 memo[node.name] = False
         return memo[node.name]
+
+    def feeds_an_anchor(node: fx.Node) -> bool:
+        return any(
+            user.name in anchors or (operator(user) in TRANSPARENT and feeds_an_anchor(user)) for user in node.users
+        )
 
     def leads_to_integers(node: fx.Node, memo: dict[str, bool]) -> bool:
         if node.name not in memo:
@@ -266,6 +292,14 @@ def suits(node: fx.Node) -> bool:
     return all(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
 
 
+def accumulated(node: fx.Node, inputs: list[fx.Node], anchors: list[str]) -> fx.Node | None:
+    """The last operand that is a convolution for this operator alone: its accumulator takes the other operand in."""
+    if len(set(inputs)) < 2 or not set(inputs) <= set(node.all_input_nodes):
+        return None
+    own = [arg for arg in inputs if arg.name in anchors and is_convolution(arg) and len(arg.users) == 1]
+    return max(own, default=None)
+
+
 def quantized_tensors(
     nodes: dict[str, fx.Node], anchors: list[str], joins: list[str], scheme: Scheme
 ) -> dict[str, str]:
@@ -273,11 +307,13 @@ def quantized_tensors(
     wanted: dict[str, None] = {}
     for name in [*anchors, *joins]:
         node = nodes[name]
-        for arg in activations(node):
-            wanted[behind(arg).name] = None
+        inputs = [behind(arg) for arg in activations(node)]
+        inside = accumulated(node, inputs, anchors) if operator(node) in scheme.summed else None
+        wanted |= dict.fromkeys(arg.name for arg in inputs if arg is not inside)
         after = tensor_after(node, scheme)
-        # A float clip behind an integer layer would be fused into the layer, and draw it into float.
-        if operator(node) in scheme.whole or name in joins or after is not node:
+        # Some runtimes fuse a float clip behind an integer layer into the layer, which draws it into float.
+        drawn = after is not node and not scheme.float_activations
+        if operator(node) in scheme.whole or name in joins or drawn:
             wanted[after.name] = None
     roots: dict[str, str] = {}
     for name in list(wanted):

@@ -1,23 +1,30 @@
-"""The step `QuantizeStatic`: int8 weights and activations, with ranges chosen on calibration data."""
+"""The step `QuantizeStatic`: integer weights and activations, with ranges chosen on calibration data."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from pared.errors import ModelError, PlanError
-from pared.graph.capture import capture, operator
+from pared.errors import SettingError
 from pared.measure.processor import saturates_here
-from pared.quantize.calibrate import calibrate, first_samples
+from pared.quantize.choose import Choice, Formats, numbers_of, transform
 from pared.quantize.emission import emit
-from pared.quantize.folding import fold_batch_norms
+from pared.quantize.formats import Activations, Weights
+from pared.quantize.norms import write_norms_as_convolutions
 from pared.quantize.placement import Placement, place
-from pared.quantize.ranges import RANGES, MinMax, Percentile
+from pared.quantize.program import nothing_to_quantize, prepare
+from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
+from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
+from pared.quantize.search import Sensitivity, keep_fragile, measure
+from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+
+Name = Literal["minmax", "moving_average", "percentile", "mse", "kl", "symmetric_kl", "js", "auto"]
 
 
 def named_ranges(value: Any) -> Any:
@@ -27,25 +34,34 @@ def named_ranges(value: Any) -> Any:
 
 @settings
 class QuantizeStatic:
-    """Post-training quantization of weights and activations to 8 bits, with fixed activation ranges.
+    """Post-training quantization of weights and activations, with fixed activation ranges.
 
     Batch norms are folded first. Weights get one scale for each output channel; activations one scale and zero point
-    for each tensor, from the range seen on calibration data.
+    for each tensor, from the range seen on calibration data; biases take back what rounding shifts.
 
     Example:
-        >>> QuantizeStatic(ranges="percentile", exclude=["head"]).ranges.kind
+        >>> QuantizeStatic(ranges="percentile", exclude=["head"], repairs=["fold_batch_norms"]).ranges.kind
         'percentile'
     """
 
     trains: ClassVar[bool] = False
 
     ranges: Annotated[
-        MinMax | Percentile,
-        pydantic.Field(discriminator="kind", description="How to choose activation ranges: minmax or percentile."),
-        pydantic.BeforeValidator(
-            named_ranges, json_schema_input_type=Literal["minmax", "percentile"] | MinMax | Percentile
+        AnyRanges,
+        pydantic.Field(
+            discriminator="kind",
+            description=f"How to choose activation ranges: {', '.join(RANGES)}.",
         ),
+        pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
+    weights: Annotated[Weights, pydantic.Field(description="How weights become integers.")] = Weights()
+    activations: Annotated[Activations, pydantic.Field(description="How activations become integers.")] = Activations()
+    repairs: Annotated[
+        tuple[Repair, ...],
+        pydantic.Field(
+            description="What to do against the loss: fold_batch_norms, equalize, migrate, correct_bias; in this order."
+        ),
+    ] = DEFAULT
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
     exclude: Annotated[
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to keep in float.")
@@ -53,118 +69,125 @@ class QuantizeStatic:
     samples: Annotated[
         int | None, pydantic.Field(ge=1, description="Use at most this many calibration samples; null uses all.")
     ] = 512
-    cpu: Annotated[
-        Literal["here", "any"],
+    max_drop: Annotated[
+        float | None,
         pydantic.Field(
-            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
-            " 8-bit products saturate on x86 without VNNI; here: that only if this processor is such a one."
+            ge=0, description="Keep the most fragile layers in float until the first metric drops by no more than this."
         ),
-    ] = "here"
+    ] = None
+    sensitivity: Annotated[
+        Sensitivity | None,
+        pydantic.Field(description="Measure what each layer costs alone; with max_drop it is measured anyway."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        kinds = [repair.kind for repair in self.repairs]
+        if len(set(kinds)) < len(kinds):
+            raise SettingError(f"QuantizeStatic.repairs: each kind at most once, found {', '.join(kinds)}")
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Calibration data."""
-        return frozenset({"calibration"})
+        """Calibration data; validation data where they decide."""
+        decides = self.max_drop is not None or self.sensitivity is not None or isinstance(self.ranges, Auto)
+        return frozenset({"calibration", "validation"}) if decides else frozenset({"calibration"})
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
-        graph, placement, folded = self.prepare(model, ctx)
-        facts: dict[str, Any] = {"folded": folded, "tensors": dict(placement.tensors), "ranges": {}}
-        facts["any_cpu"] = self.must_suit_any_cpu(ctx)
+        graph, placement, folded, idle = self.prepare(model, ctx)
+        facts: dict[str, Any] = {"folded": folded, "ranges": {}, "any_cpu": self.must_suit_any_cpu(ctx), "kept": []}
         if not ctx.dry:
-            roots = dict.fromkeys(placement.tensors.values())
-            observers: dict[str, Any] = {name: self.ranges.observer() for name in roots}
-            facts["samples"] = calibrate(
-                graph,
-                observers,
-                first_samples(ctx.task.batches("calibration", "QuantizeStatic"), self.samples),
-                ctx.progress,
-            )
-            facts["ranges"] = {name: list(self.ranges.range(seen)) for name, seen in observers.items()}
+            Choice(
+                graph=graph,
+                placement=placement,
+                ranges=self.ranges,
+                formats=self.formats(ctx, facts),
+                repairs=self.repairs,
+                samples=self.samples,
+                ctx=ctx,
+                facts=facts,
+            ).all()
+            placement = self.guard(graph, placement, ctx, facts)
             ctx.memo["QuantizeStatic"] = (self, model, graph, placement)
+        bits = self.weights.bits
+        work = work_of(graph, placement, ctx.target.scheme)
+        facts["warnings"] = [*warnings_of(work), *facts.get("warnings", ())]
+        facts |= {"macs": work.macs, "integer_macs": work.integer_macs}
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),
             edits=tuple(
-                Edit("quantize", anchor.module, {"node": anchor.node, "weight": anchor.weight, "bits": 8})
+                Edit("quantize", anchor.module, {"node": anchor.node, "weight": anchor.weight, "bits": bits})
                 for anchor in placement.anchors
             ),
-            skips=placement.skips,
-            facts=facts,
+            skips=(*placement.skips, *idle),
+            facts=facts | {"tensors": dict(placement.tensors)},
             estimate=ctx.dry,
         )
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The quantized program. Raises: QuantizeError where the plan does not fit the model."""
         owner, planned, *prepared = ctx.memo.pop("QuantizeStatic", (None, None))
-        graph, placement = prepared if owner == self and planned is model else self.prepare(model, ctx)[:2]
-        ranges = {name: (float(low), float(high)) for name, (low, high) in plan.facts["ranges"].items()}
-        emit(graph, placement, ranges, ctx.target.scheme, any_cpu=plan.facts["any_cpu"])
+        graph: fx.GraphModule
+        if owner == self and planned is model:
+            graph, placement = prepared
+        else:
+            graph, placement, _, _ = self.prepare(model, ctx)
+            transform(graph, placement, plan.facts)
+            placement = self.without(graph, ctx, plan.facts["kept"])
+        numbers = numbers_of(graph, placement, plan.facts, self.formats(ctx, plan.facts))
+        emit(graph, placement, numbers.qparams, numbers.grid, numbers.codes, ctx.target.scheme)
         return graph
+
+    def formats(self, ctx: Context, facts: Mapping[str, Any]) -> Formats:
+        """How numbers become integers in a plan with these facts."""
+        return Formats(self.weights, self.activations, ctx.target.scheme, facts["any_cpu"])
 
     def must_suit_any_cpu(self, ctx: Context) -> bool:
         """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
         # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
-        return ctx.target.scheme.saturating != "no" and (self.cpu == "any" or saturates_here() is not False)
+        here = self.weights.cpu == "here" and saturates_here() is not False
+        return ctx.target.scheme.saturating != "no" and (self.weights.cpu == "any" or here)
 
-    def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str]]:
-        """The captured graph with batch norms folded, what becomes integers in it, and the names of those norms."""
-        if is_quantized(model):
-            raise PlanError(
-                "QuantizeStatic: the model is quantized already; keep one quantize step, as the last of the recipe"
-            )
-        graph = capture(model, ctx.task).module(check_guards=False)
-        if not isinstance(graph, fx.GraphModule):
-            raise PlanError(f"QuantizeStatic: the captured program is a {type(graph).__name__}, not a graph")
-        idle = [Skip(name, "the model does not run it on the example inputs") for name in idle_layers(model, graph)]
-        check_finite(graph)
-        own_tensors(graph)
-        folded = fold_batch_norms(graph)
-        placement = place(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
+    def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str], list[Skip]]:
+        """The captured graph, what becomes integers in it, the norms folded, and the layers that do not run."""
+        fold = any(isinstance(repair, FoldBatchNorms) for repair in self.repairs)
+        graph, folded, idle = prepare(model, ctx.task, "QuantizeStatic", fold=fold)
+        if fold:
+            write_norms_as_convolutions(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
+        placement = self.without(graph, ctx, [])
         if not placement.anchors:
-            reasons = "; ".join(f"{skip.module}: {skip.reason}" for skip in placement.skips[:3])
-            raise PlanError(
-                "QuantizeStatic would quantize no layer"
-                + (f" ({reasons})" if reasons else ": the model has none that could")
+            raise nothing_to_quantize("QuantizeStatic", placement.skips)
+        return graph, placement, folded, idle
+
+    def without(self, graph: fx.GraphModule, ctx: Context, kept: Sequence[str]) -> Placement:
+        """What becomes integers where some modules are kept in float."""
+        scheme = ctx.target.scheme
+        placement = place(graph, scheme, include=self.include, exclude=(*self.exclude, *kept))
+        return dataclasses.replace(placement, skips=tuple(explained(skip, kept) for skip in placement.skips))
+
+    def guard(self, graph: fx.GraphModule, placement: Placement, ctx: Context, facts: dict[str, Any]) -> Placement:
+        """Measure what each layer costs alone, and keep the most fragile in float, where the settings ask for it."""
+        if self.max_drop is None and self.sensitivity is None:
+            return placement
+        setting = self.sensitivity or Sensitivity()
+        deadline = time.monotonic() + setting.seconds
+        numbers = numbers_of(graph, placement, facts, self.formats(ctx, facts))
+        fragile, samples = measure(graph, numbers, ctx, setting, deadline)
+        facts["sensitivity"] = {"samples": samples, "layers": [dataclasses.asdict(row) for row in fragile]}
+        if self.max_drop is not None:
+            facts["kept"], facts["search"] = keep_fragile(
+                graph,
+                ctx,
+                fragile,
+                lambda kept: numbers_of(graph, self.without(graph, ctx, kept), facts, self.formats(ctx, facts)),
+                max_drop=self.max_drop,
+                deadline=deadline,
             )
-        return graph, dataclasses.replace(placement, skips=(*placement.skips, *idle)), folded
+        return self.without(graph, ctx, facts["kept"])
 
 
-def idle_layers(model: nn.Module, graph: fx.GraphModule) -> list[str]:
-    """Modules with a weight of two dimensions or more that no operator of the captured graph reads."""
-    read = {node.target for node in graph.graph.nodes if node.op == "get_attr" and node.users}
-    used = {id(tensor) for name, tensor in graph.named_parameters(remove_duplicate=False) if name in read}
-    weights = {
-        name: [tensor for tensor in module.parameters(recurse=False) if tensor.ndim > 1]
-        for name, module in model.named_modules()
-    }
-    return [name for name, own in weights.items() if own and not any(id(tensor) in used for tensor in own)]
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """True for a program that holds quantize operators already."""
-    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
-    return any(operator(node).startswith("quantized_decomposed.") for node in nodes)
-
-
-def check_finite(graph: fx.GraphModule) -> None:
-    """Raise `ModelError` for a parameter with NaN or infinity: no range could hold what comes of it."""
-    for name, tensor in graph.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"the parameter {name} holds NaN or infinity; load or train the weights again")
-
-
-def own_tensors(graph: fx.GraphModule) -> None:
-    """Give a captured graph copies of its tensors, which are the model's own until here; shared ones stay shared."""
-    copies: dict[int, Tensor] = {}
-    for module in graph.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None:
-                copied = copies.setdefault(id(tensor), nn.Parameter(tensor.detach().clone(), requires_grad=False))
-                module._parameters[name] = copied  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-        for name, constant in vars(module).items():
-            if isinstance(constant, Tensor):
-                vars(module)[name] = copies.setdefault(id(constant), constant.detach().clone())
+def explained(skip: Skip, kept: Sequence[str]) -> Skip:
+    """A skip with the reason of a search in the place of that of a pattern."""
+    if skip.module in kept and skip.reason.startswith("excluded by"):
+        return Skip(skip.module, "among the most fragile layers: kept in float to hold the metric")
+    return skip

@@ -121,6 +121,7 @@ class Stage(Figures):
         changed: Names of modules that changed.
         skipped: Candidates that did not, with the reason.
         layers: The per-layer table of this stage.
+        warnings: What the step's plan warned of, one sentence each.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Stage(Figures):
     changed: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     layers: tuple[Layer, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -109,8 +109,9 @@ def speed_cell(speedup: Speedup) -> Text:
 
 
 def notes(report: Report) -> Iterable[Text]:
-    """Reasons: what was rolled back, and what was not measured."""
+    """Reasons: what was warned of, what was rolled back, and what was not measured."""
     for stage in report.stages:
+        yield from (text(f"{stage.name}: {warning}") for warning in stage.warnings)
         if not stage.kept:
             yield text(f"{stage.name} was rolled back: {stage.why or 'no reason was recorded'}")
         elif not stage.measured:
@@ -118,7 +119,7 @@ def notes(report: Report) -> Iterable[Text]:
     for sentence in words.without_vnni(report):
         yield text(sentence, "yellow" if sentence.startswith("Warning") else "")
     if not words.metric_names(report):
-        yield text(f"No metric was measured: {words.NO_METRIC}")
+        yield text(f"No metric was measured: {words.why_no_metric(report)}")
 
 
 def verdict(report: Report) -> Iterable[RenderableType]:

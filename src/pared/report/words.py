@@ -279,6 +279,12 @@ def why_not_final(report: Report, otherwise: str = "") -> str:
     return otherwise if stage is None else why_missing(stage, "")
 
 
+def why_no_metric(report: Report) -> str:
+    """Why the ledger has no metric at all."""
+    unmeasured = [stage for stage in report.stages if not stage.measured]
+    return why_missing(unmeasured[0], "") if unmeasured else NO_METRIC
+
+
 def baseline(report: Report) -> Figures | None:
     """The first stage, where there is one."""
     return report.stages[0] if report.stages else None

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 TARGETS: Mapping[str, str] = {
     "onnxruntime": "pared.targets.onnxruntime:OnnxRuntime",
+    "openvino": "pared.targets.openvino:OpenVino",
+    "executorch": "pared.targets.executorch:ExecuTorch",
+    "tensorrt": "pared.targets.tensorrt:TensorRt",
+    "torch": "pared.targets.torch:TorchPackage",
 }
 
 

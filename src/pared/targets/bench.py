@@ -15,7 +15,7 @@ from pared.measure.latency import ROUNDS, percentiles, speedup, time_in_turn
 from pared.measure.memory import peak_memory
 from pared.report.data import Latency, Speedup
 from pared.targets.risk import warning
-from pared.targets.sessions import InputSpec, open_session, runtime
+from pared.targets.sessions import InputSpec, open_session, runtime, size_of
 from pared.targets.worker import worker_command, write_inputs
 
 
@@ -43,6 +43,7 @@ def bench(
     rounds: int = ROUNDS,
     dimensions: Mapping[str, int] | None = None,
     seed: int = 0,
+    trust: bool = False,
 ) -> list[BenchRow]:
     """Time files in turn, each in a worker process of its own, and weigh them.
 
@@ -54,9 +55,10 @@ def bench(
         rounds: Most turns that each file gets.
         dimensions: Sizes of free dimensions other than the batch, by name.
         seed: Of the random inputs and of the intervals.
+        trust: Say that the files come from someone you trust: some runtimes' files carry code.
 
     Raises:
-        UsageError: A file is missing, has another fixed batch size, or a free dimension without a size.
+        UsageError: A file is missing or not trusted, has another fixed batch size, or a free dimension without a size.
         TargetError: The runtime is missing or refuses a file.
         MeasureError: A worker died or gave no answer in time.
     """
@@ -67,11 +69,11 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         commands = []
         for index, file in enumerate(exported):
-            specs = open_session(target, file, threads=used_threads).inputs
+            specs = open_session(target, file, threads=used_threads, trust=trust).inputs
             arrays = random_inputs(specs, file.name, batch_size=batch_size, dimensions=dimensions or {}, seed=seed)
             inputs_file = Path(folder) / f"{index}.npz"
             write_inputs(inputs_file, arrays)
-            commands.append(worker_command(target, file, threads=used_threads, inputs_file=inputs_file))
+            commands.append(worker_command(target, file, threads=used_threads, inputs_file=inputs_file, trust=trust))
         turns = time_in_turn(commands, rounds=rounds)
         peaks = [peak_memory(command) for command in commands]
     return [
@@ -79,18 +81,12 @@ def bench(
             file=file,
             latency_ms=percentiles(own),
             speedup=speedup(turns[0], own, seed=seed) if index else None,
-            size_bytes=size_of(path),
+            size_bytes=size_of(target, path),
             peak_memory_bytes=peak,
             warning=warning(path, target),
         )
         for index, (file, path, own, peak) in enumerate(zip(files, exported, turns, peaks, strict=True))
     ]
-
-
-def size_of(file: Path) -> int:
-    """Bytes of an exported file, with the tensors that ONNX may keep beside it."""
-    beside = file.with_name(f"{file.name}.data")
-    return file.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
 
 
 def random_inputs(

@@ -7,8 +7,9 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
@@ -51,6 +52,13 @@ SCHEME = Scheme(
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
     saturating="neighbours",
+    # bfloat16 has no kernels on CPUs, and is not cast to float32 as float16 is.
+    halves=frozenset({"float16"}),
+    # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
+    weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
+    # Its ConvInteger runs slower than a float convolution.
+    dynamic=frozenset({"aten.linear", "aten.embedding"}),
+    norms_as_convolutions=True,
 )
 
 # Operators that ONNX Runtime looks through, or moves its conversions over, when it fuses integer layers.
@@ -69,35 +77,82 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        import onnx
-        import torch
+        from pared.targets import onnx_attention, onnx_dynamic, onnx_weights
 
-        from pared.graph.capture import capture, quiet
-        from pared.targets.decomposition import decompose_sparingly
-
-        program = decompose_sparingly(capture(model, task))
-        with quiet(), hushed():
-            try:
-                exported = torch.onnx.export(program, dynamo=True, verbose=False)
-            except torch.onnx.errors.OnnxExporterError as error:
-                raise TargetError(
-                    f"onnxruntime: the model cannot be written as ONNX: {str(error).splitlines()[0]}"
-                ) from error
-        if exported is None:
-            raise TargetError("onnxruntime: the exporter returned nothing")
-        proto = exported.model_proto
-        strip(proto)
+        rewritten = onnx_dynamic.with_dynamic_operators(onnx_weights.with_weight_operators(model))
+        proto = to_onnx(
+            rewritten,
+            task,
+            self.name,
+            rewrite=onnx_attention.attend_in_one,
+            table={**onnx_weights.table(), **onnx_dynamic.table(), **onnx_attention.table()},
+            finish=onnx_weights.unfold,
+        )
         protect(proto.graph)
-        name_dimensions(proto.graph, task)
-        try:
-            onnx.checker.check_model(proto, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise TargetError(f"onnxruntime: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
-        path.write_bytes(proto.SerializeToString(deterministic=True))
+        path.write_bytes(checked(proto, self.name))
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
+
+
+def to_onnx(
+    model: nn.Module,
+    task: Task,
+    target: str,
+    *,
+    rewrite: Callable[[Any], Any] | None = None,
+    table: Mapping[Any, Any] = MappingProxyType({}),
+    finish: Callable[[Any], None] | None = None,
+) -> Any:
+    """`model` as an ONNX model, anonymous, its free dimensions named.
+
+    Args:
+        model: Captured anew.
+        task: Gives the example inputs and the names of dimensions.
+        target: For messages.
+        rewrite: Changes the captured program.
+        table: Translations of operators that PyTorch's exporter does not know.
+        finish: Changes the model before names and notes are taken out of it.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        TargetError: It cannot be written as ONNX.
+    """
+    import torch
+
+    from pared.graph.capture import capture, quiet
+    from pared.targets.decomposition import decompose_sparingly
+
+    program = capture(model, task)
+    program = decompose_sparingly(program if rewrite is None else rewrite(program))
+    with quiet(), hushed():
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+    if exported is None:
+        raise TargetError(f"{target}: the exporter returned nothing")
+    proto = exported.model_proto
+    if finish is not None:
+        finish(proto)
+    strip(proto)
+    name_dimensions(proto.graph, task)
+    return proto
+
+
+def checked(proto: Any, target: str) -> bytes:
+    """The content of an ONNX file, the same for the same model. Raises: TargetError for an invalid one."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise TargetError(f"{target}: onnx.checker refuses the file: {str(error).splitlines()[0]}") from error
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def strip(proto: Any) -> None:
@@ -126,8 +181,11 @@ def strip(proto: Any) -> None:
     graphs: list[Any] = [proto.graph]
     while graphs:
         graph = graphs.pop()
-        graph.ClearField("value_info")
-        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        compared = residuals(graph)
+        for index in reversed(range(len(graph.value_info))):
+            if graph.value_info[index].name not in compared:
+                del graph.value_info[index]
+        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
             holder.ClearField("doc_string")
             holder.ClearField("metadata_props")
         for node in graph.node:
@@ -139,9 +197,18 @@ def strip(proto: Any) -> None:
             drop_defaults(node, opset)
             for attribute in node.attribute:
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+        for value in graph.value_info:
+            value.name = shorten(value.name)
         if graph is not proto.graph:
             for holder in (*graph.input, *graph.output, *graph.initializer):
                 holder.name = shorten(holder.name)
+
+
+def residuals(graph: Any) -> set[str]:
+    """Names of the values that are added right before a layer norm."""
+    added = {node.output[0]: node.input for node in graph.node if node.op_type == "Add"}
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    return {name for node in norms for name in added.get(node.input[0], ())}
 
 
 def name_dimensions(graph: Any, task: Task) -> None:
@@ -152,7 +219,7 @@ def name_dimensions(graph: Any, task: Task) -> None:
         key = value.name if value.name in keys else keys[index]
         for axis, name in {0: "batch", **task.dynamic_of(key)}.items():
             names[value.type.tensor_type.shape.dim[axis].dim_param] = name
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param)

@@ -17,7 +17,7 @@ from pared.measure.worker import private_streams, serve
 from pared.targets.sessions import open_session
 
 
-def worker_command(target: str, file: Path, *, threads: int, inputs_file: Path) -> list[str]:
+def worker_command(target: str, file: Path, *, threads: int, inputs_file: Path, trust: bool = False) -> list[str]:
     """The arguments that start a worker for a file, as `measure.latency` and `measure.memory` take them.
 
     `-P` keeps the current folder off the import path: measuring a file runs no code that lies beside it. The worker
@@ -28,6 +28,7 @@ def worker_command(target: str, file: Path, *, threads: int, inputs_file: Path) 
     return [
         *(sys.executable, "-P", "-c", start, "pared.targets.worker", target, str(file)),
         *("--threads", str(threads), "--inputs", str(inputs_file)),
+        *(["--trust"] if trust else []),
     ]
 
 
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--inputs", type=Path, required=True)
+    parser.add_argument("--trust", action="store_true")
     options = parser.parse_args(argv)
     requests, replies = private_streams()
     try:
-        session = open_session(options.target, options.file, threads=options.threads)
+        session = open_session(options.target, options.file, threads=options.threads, trust=options.trust)
         inputs = read_inputs(options.inputs)
         serve(lambda: session.run(inputs), requests, replies)
     except ParedError as error:

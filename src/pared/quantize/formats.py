@@ -1,0 +1,75 @@
+"""How numbers are written as integers: the settings of weights and of activations, plain values without arithmetic."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from pared.errors import SettingError
+from pared.quantize.affine import Grid, grid
+from pared.quantize.rounding import ROUNDINGS, AdaRound, Nearest, Stochastic
+from pared.step import Scheme, settings
+
+
+def named_rounding(value: Any) -> Any:
+    """Let a bare name stand for a rounding with its default settings."""
+    return ROUNDINGS[value]() if isinstance(value, str) and value in ROUNDINGS else value
+
+
+@settings
+class Weights:
+    """How weights become integers."""
+
+    bits: Annotated[int, pydantic.Field(ge=2, le=8, description="Width of the integers; they are stored as int8.")] = 8
+    granularity: Annotated[
+        Literal["channel", "tensor"], pydantic.Field(description="One scale for each output channel, or for all.")
+    ] = "channel"
+    symmetric: Annotated[
+        bool, pydantic.Field(description="Zero point 0; false gives the tensor a zero point of its own.")
+    ] = True
+    cpu: Annotated[
+        Literal["here", "any", "vnni"],
+        pydantic.Field(
+            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
+            " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
+        ),
+    ] = "here"
+    rounding: Annotated[
+        Nearest | Stochastic | AdaRound,
+        pydantic.Field(discriminator="kind", description="nearest, stochastic or adaround."),
+        pydantic.BeforeValidator(
+            named_rounding,
+            json_schema_input_type=Literal["nearest", "stochastic", "adaround"] | Nearest | Stochastic | AdaRound,
+        ),
+    ] = Nearest()
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and self.granularity == "channel":
+            raise SettingError(
+                "Weights.symmetric: no runtime takes a zero point for each channel; use granularity='tensor' with it"
+            )
+
+    def grid(self) -> Grid:
+        """The integers of a weight."""
+        return grid(bits=self.bits, signed=True, symmetric=self.symmetric)
+
+
+@settings
+class Activations:
+    """How activations become integers. Their type is the target's."""
+
+    bits: Annotated[int, pydantic.Field(ge=2, le=8, description="Width of the integers; they are stored in 8.")] = 8
+    symmetric: Annotated[
+        bool | None, pydantic.Field(description="Centre each range on 0; null does as the target wants.")
+    ] = None
+
+    def is_symmetric(self, scheme: Scheme) -> bool:
+        """Whether ranges are centred on 0. Raises: SettingError where the target cannot run what is asked."""
+        if self.symmetric is False and scheme.activation_symmetric:
+            raise SettingError("Activations.symmetric: the target takes zero point 0 alone; leave it null or true")
+        return scheme.activation_symmetric if self.symmetric is None else self.symmetric
+
+    def grid(self, scheme: Scheme) -> Grid:
+        """The integers of an activation."""
+        return grid(bits=self.bits, signed=scheme.activation_dtype == "int8", symmetric=self.is_symmetric(scheme))

@@ -1,0 +1,173 @@
+"""What one change of a captured graph costs, by replaying cached activations. It knows no technique.
+
+A change is an override of some nodes' values (one layer quantized, one channel off). Instead of running the whole
+graph for each change, the graph runs once on a few samples with every value kept, and a change recomputes only what
+depends on it. Memory does not grow with the number of samples: they go through a few at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pared.errors import ModelError
+from pared.measure.fidelity import Comparison
+from pared.metrics import Metric
+from pared.report.data import Agreement
+from pared.task import Batch, Inputs
+
+# Given a node's value and arguments as they are, the value that it has instead.
+Override = Callable[[Any, tuple[Any, ...]], Any]
+CHUNK = 4  # samples whose activations are kept at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a change did to the output.
+
+    Attributes:
+        agreement: With the output as it was.
+        metrics: After the change, by name; empty without labelled data.
+        samples: How many were looked at.
+    """
+
+    agreement: Agreement
+    metrics: Mapping[str, float]
+    samples: int
+
+
+class Tally:
+    """Outputs counted in, of one change."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self.metrics = metrics
+        self.comparison = Comparison()
+        self.states = [metric.start() for metric in metrics]
+        self.samples = 0
+
+    def update(self, reference: Tensor, found: Tensor, target: Any) -> None:
+        """Count the outputs of some samples in."""
+        self.comparison.update(reference.numpy(), found.numpy())
+        self.samples += len(found)
+        for metric, state in zip(self.metrics, self.states, strict=True):
+            metric.update(state, found, target)
+
+    def result(self) -> Cost:
+        """The figures over everything counted."""
+        measured = {metric.name: metric.result(state) for metric, state in zip(self.metrics, self.states, strict=True)}
+        return Cost(agreement=self.comparison.result(), metrics=measured, samples=self.samples)
+
+
+def costs(
+    graph: fx.GraphModule,
+    batches: Iterable[Batch],
+    changes: Mapping[str, Mapping[str, Override]],
+    pick: Callable[[Any], Tensor],
+    *,
+    metrics: Sequence[Metric] = (),
+    samples: int = 64,
+    deadline: float | None = None,
+) -> dict[str, Cost]:
+    """What each change alone costs, against the graph as it is.
+
+    Args:
+        graph: A captured graph. Not changed.
+        batches: Data, labelled where `metrics` are given.
+        changes: By a name of the caller's: {node: override}.
+        pick: The tensor that counts, out of the graph's output.
+        metrics: Taken on the outputs of every change.
+        samples: Look at this many at most.
+        deadline: `time.monotonic()` at which to stop; what was seen by then counts, the first samples always.
+
+    Returns:
+        The cost of each change, all on the same samples.
+
+    Raises:
+        ModelError: A change names a node that the graph lacks, or there are no data.
+    """
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for name, overrides in changes.items():
+        for node in overrides:
+            if node not in nodes:
+                raise ModelError(f"change {name!r}: the graph has no node {node!r}")
+    below = {name: dependents(graph, overrides) for name, overrides in changes.items()}
+    tallies = {name: Tally(metrics) for name in changes}
+    seen = 0
+    for batch in batches:
+        for start in range(0, min(batch.inputs.size, samples - seen), CHUNK):
+            part = batch.inputs.part(start, min(start + CHUNK, samples - seen + start))
+            target = part_of(batch.target, start, start + part.size)
+            with torch.no_grad():
+                kept = Kept(graph, part)
+                reference = pick(kept.result)
+                for name, overrides in changes.items():
+                    tallies[name].update(reference, pick(kept.replay(overrides, below[name])), target)
+            seen += part.size
+            if seen >= samples or (deadline is not None and time.monotonic() > deadline):
+                return {name: tally.result() for name, tally in tallies.items()}
+    if not seen:
+        raise ModelError("there are no data to measure a change on; give Task(validation=...)")
+    return {name: tally.result() for name, tally in tallies.items()}
+
+
+def part_of(target: Any, start: int, stop: int) -> Any:
+    """The labels of some samples."""
+    return target[start:stop] if isinstance(target, Tensor) else target
+
+
+def dependents(graph: fx.GraphModule, changed: Iterable[str]) -> list[fx.Node]:
+    """The changed nodes and all that follow from them, in graph order."""
+    start, found = set(changed), dict[fx.Node, None]()
+    for node in graph.graph.nodes:
+        if node.name in start or any(source in found for source in node.all_input_nodes):
+            found[node] = None
+    return list(found)
+
+
+class Kept(fx.Interpreter):
+    """One run of a graph on some samples, with every value kept.
+
+    Attributes:
+        result: What the graph returned.
+    """
+
+    def __init__(self, graph: fx.GraphModule, inputs: Inputs) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.result = self.run(*flat(graph, inputs))
+
+    def replay(self, overrides: Mapping[str, Override], below: Sequence[fx.Node]) -> Any:
+        """What the graph returns where some nodes have another value.
+
+        Args:
+            overrides: The other value of each changed node.
+            below: `dependents` of these nodes.
+        """
+        before = {node: self.env[node] for node in below if node in self.env}
+        found = self.result
+        for node in below:
+            override = overrides.get(node.name)
+            if node.op == "output":
+                found = self.outputs(self.run_node(node))
+            elif override is None:
+                self.env[node] = self.run_node(node)
+            else:
+                self.env[node] = override(before[node], self.fetch_args_kwargs_from_env(node)[0])
+        self.env.update(before)
+        return found
+
+    def outputs(self, value: Any) -> Any:
+        """What an output node's value is to the caller."""
+        graph: Any = self.module.graph
+        return graph.process_outputs(value)
+
+
+def flat(graph: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """The arguments of an interpreter's `run`: positional ones, then keywords in the order of the example inputs."""
+    keywords: list[str] = graph._in_spec.child(1).context
+    return [*inputs.args, *(inputs.kwargs[name] for name in keywords)]
