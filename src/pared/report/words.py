@@ -237,7 +237,8 @@ def without_vnni(report: Report) -> list[str]:
     sentences = [f"On x86 without VNNI, where 8-bit products saturate: {joined(parts)}; {taken}."]
     if worse_without_vnni(report, found):
         sentences.append(
-            "Warning: this file is markedly worse on such processors. QuantizeStatic(cpu='any') makes one that is not."
+            "Warning: this file is markedly worse on such processors. "
+            "QuantizeStatic(weights={'cpu': 'any'}) makes one that is not."
         )
     return sentences
 
