@@ -207,3 +207,11 @@ def test_owner_has_no_suffix_when_a_module_runs_twice() -> None:
     assert [owner(node) for node in program.graph.nodes if operator(node) == "aten.linear"] == ["layer"] * 3
     [add] = [node for node in program.graph.nodes if operator(node) == "aten.add"]
     assert owner(add) == ""
+
+
+def test_capture_fixes_the_batch_when_its_limit_is_one() -> None:
+    task = Task(example_inputs=(torch.zeros(3, 4),))
+    program = capture(nn.Linear(4, 2), task, limits={"batch": 1})
+    assert list(program.graph.nodes)[-2].meta["val"].shape == (1, 2)
+    limited = capture(nn.Linear(4, 2), task, limits={"batch": 8})
+    assert [bound.upper for bound in limited.range_constraints.values()] == [8]

@@ -88,7 +88,7 @@ def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task, limits: Mapping
 
     They have the structure of the forward's own parameters: those of `*args` come in a tuple.
     """
-    batch = None if limits.get("batch") == 1 else Dim("batch", max=limits.get("batch"))
+    batch = Dim.STATIC if limits.get("batch") == 1 else Dim("batch", max=limits.get("batch"))
     dims: dict[str, Any] = {"batch": batch}
 
     def spec(name: str, value: Any) -> Mapping[int, Any] | None:
