@@ -102,6 +102,16 @@ CASES = [
         candidates=weighted,
     ),
     Case(
+        pared.CastHalf(),
+        {
+            "dtype": "bfloat16",
+            "activations": True,
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
+    ),
+    Case(
         pared.QuantizeDynamic(),
         {
             "weights": "per_tensor",

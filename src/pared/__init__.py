@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
     from pared.quantize.dynamic import QuantizeDynamic
+    from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
     from pared.quantize.weights import QuantizeWeights
     from pared.recipe import Budget, Recipe, TimingSettings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
+    "CastHalf": "pared.quantize.half",
     "ParedError": "pared.errors",
     "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
@@ -41,6 +43,7 @@ HOMES = {
 __all__ = [
     "Artifact",
     "Budget",
+    "CastHalf",
     "ParedError",
     "QuantizeDynamic",
     "QuantizeStatic",

@@ -24,6 +24,7 @@ STEPS: Mapping[str, str] = {
     "Train": "pared.train.step:Train",
     "QuantizeStatic": "pared.quantize.static:QuantizeStatic",
     "QuantizeWeights": "pared.quantize.weights:QuantizeWeights",
+    "CastHalf": "pared.quantize.half:CastHalf",
     "QuantizeDynamic": "pared.quantize.dynamic:QuantizeDynamic",
 }
 Place = tuple[str | int, ...]

@@ -120,6 +120,8 @@ class Scheme:
         summed: Joining operators that the runtime computes on the accumulator of a convolution before them, which then
             needs no integer output of its own.
         weight_only: Operators whose weight alone may be integers, beside float activations.
+        halves: Of "float16" and "bfloat16", what weights can be stored in so that the file becomes smaller.
+        computed_halves: Of these, what the runtime also has operators in.
         dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
@@ -138,6 +140,8 @@ class Scheme:
     float_activations: bool = False
     summed: frozenset[str] = frozenset()
     weight_only: frozenset[str] = frozenset()
+    halves: frozenset[str] = frozenset()
+    computed_halves: frozenset[str] = frozenset()
     dynamic: frozenset[str] = frozenset()
     norms_as_convolutions: bool = False
 

@@ -42,12 +42,14 @@ COVERING = {
         "unused_parameter",
         "dict_output",
     ],
+    "CastHalf": ["multihead_attention", "tied_weights", "chunk_shuffle_concat", "lstm"],
     "QuantizeWeights": ["attention_fused_qkv", "tied_weights", "grouped", "lstm"],
     "QuantizeDynamic": ["attention_fused_qkv", "tied_weights", "lstm"],
 }
 SHIPPED = {
     "Train": ["tied_weights"],
     "QuantizeStatic": ["module_with_two_names", "dict_output"],
+    "CastHalf": ["tied_weights"],
     "QuantizeWeights": ["tied_weights"],
     "QuantizeDynamic": ["tied_weights"],
 }

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dilated": (nn.Conv2d(4, 6, (3, 1), dilation=(2, 1), padding=(2, 0)), (4, 9, 5)),
     "depthwise": (nn.Conv2d(4, 8, 5, padding=2, groups=4), (4, 6, 6)),
     "grouped": (nn.Conv2d(4, 6, 1, groups=2), (4, 3, 3)),
-    "same": (nn.Conv1d(4, 6, 4, padding="same"), (4, 9)),
+    "same": (nn.Conv1d(4, 6, 5, padding="same"), (4, 9)),
     "3-D": (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (2, 4, 5, 4)),
     "no bias": (nn.Conv2d(4, 6, 3, bias=False), (4, 7, 7)),
 }

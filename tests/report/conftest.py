@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pared.report.data import Agreement, Final, Latency, Layer, Report, Skipped, Speedup, Stage, Timing
+from pared.report.data import Agreement, Final, Latency, Layer, LayerCost, Report, Skipped, Speedup, Stage, Timing
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -121,6 +121,12 @@ def sample() -> Report:
             *(Skipped(module=f"features.{i}.act", reason="fused into the layer before it") for i in range(1, 14)),
         ),
         layers=layers("int8, one scale a channel"),
+        warnings=("no speed-up is to be expected of features.3",),
+        sensitivity=(
+            LayerCost(module="features.1.depthwise", sqnr_db=21.4, drops={"accuracy": 0.0085}),
+            LayerCost(module="classifier", sqnr_db=44.2, drops={"accuracy": -0.001}),
+            LayerCost(module="features.0", sqnr_db=None, drops={"accuracy": 0.0}),
+        ),
     )
     return Report(
         environment={
@@ -191,6 +197,8 @@ def hostile(sample: Report) -> Report:
         metrics={HOSTILE: 0.5},
         changed=(HOSTILE,),
         skipped=(Skipped(module=HOSTILE, reason=HOSTILE),),
+        warnings=(HOSTILE,),
+        sensitivity=(LayerCost(module=HOSTILE, sqnr_db=1.0, drops={HOSTILE: 0.5}),),
         layers=(Layer(module=HOSTILE, kind=HOSTILE, params=1, macs=0, became=HOSTILE),),
     )
     assert sample.final is not None

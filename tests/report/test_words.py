@@ -110,6 +110,6 @@ def test_without_vnni_warns_when_the_drop_is_more_than_chance(
     report = dataclasses.replace(sample, stages=stages)
     said = words.without_vnni(report)
     assert "outputs at 12.3 dB" in said[0] and "200 samples in 2.5 s" in said[0] and "90.00 %" in said[0]
-    assert (len(said) == 2 and said[1].startswith("Warning") and "cpu='any'" in said[1]) is warned
+    assert (len(said) == 2 and said[1].startswith("Warning") and "'cpu': 'any'" in said[1]) is warned
     assert "8-bit products saturate" in page(report)
     assert Report.from_json(report.to_json()) == report

@@ -34,6 +34,7 @@ def test_unpacking_is_the_inverse_of_packing(bits: int, rows: int, columns: int,
     assert int(small[0, 0]) % 2**bits == int(values[0, 0])
 
 
+NEAREST = QuantizeWeights(method="nearest")
 OPERATORS = ["GatherBlockQuantized", "MatMulNBits", "Conv", "MatMulNBits"]
 
 

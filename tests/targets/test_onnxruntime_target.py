@@ -196,6 +196,22 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "average_pool": (lambda: between(nn.ReLU(), nn.AvgPool2d(2)), IMAGE),
     "upsample": (lambda: between(nn.Upsample(scale_factor=2)), IMAGE),
     "pixel_shuffle": (lambda: nn.Sequential(conv(3, 8), nn.PixelShuffle(2), conv(2, 3)), IMAGE),
+    "norm_behind_a_concat": (
+        lambda: Forward(
+            lambda s, x: s.c(s.n(torch.cat([y := s.a(x), s.b(y)], 1)).relu()),
+            a=conv(),
+            b=conv(),
+            n=nn.BatchNorm2d(6),
+            c=conv(6, 4),
+        ),
+        IMAGE,
+    ),
+    "bias_with_zeros": (
+        lambda: Forward(
+            lambda s, x: F.linear(x, s.a.weight, s.a.bias * torch.tensor([1.0, 0.0] * 4)), a=nn.Linear(8, 8)
+        ),
+        SEQUENCE,
+    ),
     "norm_first": (lambda: nn.Sequential(nn.BatchNorm2d(3), conv(), nn.ReLU(), nn.BatchNorm2d(3), conv()), IMAGE),
     "flatten": (lambda: nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(192, 4)), IMAGE),
     "mean": (lambda: Forward(lambda s, x: s.b(s.a(x).mean((2, 3))), a=conv(), b=nn.Linear(3, 4)), IMAGE),
@@ -241,7 +257,23 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "function": (lambda: Forward(lambda s, x: F.conv2d(input=x, weight=s.a.weight, padding=1), a=conv()), IMAGE),
 }
-QUICK = ["padding", "silu", "clamp", "max_pool", "flatten", "linear_relu_norm", "linear_3d", "linear_add", "split"]
+QUICK = [
+    "norm_behind_a_concat",
+    "bias_with_zeros",
+    "padding",
+    "silu",
+    "clamp",
+    "max_pool",
+    "flatten",
+    "linear_relu_norm",
+    "linear_3d",
+    "linear_add",
+    "split",
+]
+
+
+# Batch norms that become integer layers of their own.
+NORMS = {"norm_behind_a_concat": 1, "norm_first": 1}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.contract) for n in LAYERS])
@@ -251,9 +283,19 @@ def test_runtime_runs_each_kind_of_layer_in_integers(name: str) -> None:
     model = make().eval()
     made = export(model, Inputs((torch.randn(shape),), {}), name)
     weighted = sum(isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) for module in model.modules())
+    weighted += NORMS.get(name, 0)
     assert len(made.plan.edits) == weighted
     assert integer_layers(made) == weighted, operators(made)
     check_agreement(made)
+
+
+def test_plan_counts_the_conversions_that_the_runtime_does_behind_a_concat() -> None:
+    make, shape = LAYERS["norm_behind_a_concat"]
+    torch.manual_seed(0)
+    made = export(make().eval(), Inputs((torch.randn(shape),), {}), "conversions")
+    counted = operators(made)
+    assert counted["QuantizeLinear"] + counted["DequantizeLinear"] == made.plan.facts["conversions"] == 2
+    assert counted["BatchNormalization"] == counted["Concat"] == 0
 
 
 @pytest.mark.contract

@@ -30,16 +30,18 @@ def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = 
     Args:
         model: Any module that `torch.export` takes. It is not changed; its train/eval flags come back as they were.
         task: Gives the example inputs. They are doubled along the batch, since export specializes a batch of 1.
-        limits: Largest size of a dynamic dimension, by name, for runtimes that plan their memory ahead.
+        limits: Largest size of a dynamic dimension, by name, for runtimes that plan their memory ahead. A batch of at
+            most 1 is fixed.
 
     Raises:
         CaptureError: The model cannot be exported, or does not run on the example inputs; names the line of its code.
     """
-    inputs = doubled(task.example_inputs)
+    limits = limits or {}
+    inputs = task.example_inputs.part(0, 1) if limits.get("batch") == 1 else doubled(task.example_inputs)
     with evaluating(model), torch.no_grad(), quiet():
         with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
-            shapes = dynamic_shapes(model, inputs, task, limits or {})
+            shapes = dynamic_shapes(model, inputs, task, limits)
         with Explained(
             "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
         ):
@@ -86,7 +88,8 @@ def dynamic_shapes(model: nn.Module, inputs: Inputs, task: Task, limits: Mapping
 
     They have the structure of the forward's own parameters: those of `*args` come in a tuple.
     """
-    dims: dict[str, Any] = {"batch": Dim("batch", max=limits.get("batch"))}
+    batch = None if limits.get("batch") == 1 else Dim("batch", max=limits.get("batch"))
+    dims: dict[str, Any] = {"batch": batch}
 
     def spec(name: str, value: Any) -> Mapping[int, Any] | None:
         if not isinstance(value, Tensor):

@@ -38,6 +38,9 @@ def neighbours(weight: np.ndarray) -> np.ndarray:
 def reach(weight: np.ndarray, *, any_pair: bool = False) -> np.ndarray:
     """The largest size that two weights have together, for each output channel: neighbours of one sign, or one alone.
 
+    Some of OpenVINO's kernels let an odd last channel meet a zero at each position, where its others and ONNX
+    Runtime's let it meet the next position's first. Either counts, so that a safe file is safe in both.
+
     Args:
         weight: As for `neighbours`; real or integer.
         any_pair: True where it is not known which weights are neighbours: any two of a channel may be.
@@ -50,10 +53,12 @@ def reach(weight: np.ndarray, *, any_pair: bool = False) -> np.ndarray:
         ([127], [127])
     """
     wide = weight.astype(np.int32) if np.issubdtype(weight.dtype, np.integer) else weight
-    pairs = neighbours(wide)
     if any_pair:
-        flat = pairs.reshape(len(pairs), -1)
-        pairs = np.stack([np.sort(flat)[:, :2], np.sort(flat)[:, -2:]], axis=1)
+        flat = np.sort(np.pad(wide.reshape(len(wide), -1), ((0, 0), (0, 1))))
+        pairs = np.stack([flat[:, :2], flat[:, -2:]], axis=1)
+    else:
+        apart = np.pad(wide, ((0, 0), (0, wide.shape[1] % 2), *[(0, 0)] * (wide.ndim - 2)))
+        pairs = np.concatenate([neighbours(wide), neighbours(apart)], axis=1)
     above = np.maximum(pairs, 0).sum(axis=-1)
     below = np.maximum(-pairs, 0).sum(axis=-1)
     largest: np.ndarray = np.maximum(above, below).max(axis=1, initial=0)

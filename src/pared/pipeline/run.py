@@ -215,6 +215,7 @@ class Run:
             measured=not self.missing,
             why=self.missing and self.missing + ("; accuracy and speed could not be judged" if block else ""),
             warnings=tuple(plan.facts.get("warnings", ())) if plan else (),
+            sensitivity=layer_costs(plan),
             metrics=stage.facts["metrics"],
             **timed,
             size_bytes=stage.facts["size_bytes"],
@@ -334,6 +335,12 @@ class Run:
         if self.missing:
             return {"not_run": self.missing} | summary_of(self.target.name, file)
         return dict(self.target.open(file, threads=self.threads).options)
+
+
+def layer_costs(plan: Plan | None) -> tuple[report.LayerCost, ...]:
+    """What a plan says of the cost of each layer alone."""
+    found = plan.facts.get("sensitivity") if plan else None
+    return tuple(report.LayerCost(**row) for row in found["layers"]) if found else ()
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -241,7 +241,8 @@ def layer_table(counts: Sequence[LayerCount], plans: Sequence[Plan]) -> tuple[La
     for plan in plans:
         became |= dict.fromkeys(plan.facts.get("folded", ()), "folded")
         for edit in plan.edits:
-            became[edit.module] = f"int{edit.detail['bits']}" if edit.kind == "quantize" else edit.kind
+            quantized = edit.detail.get("dtype") or f"int{edit.detail.get('bits')}"
+            became[edit.module] = quantized if edit.kind == "quantize" else edit.kind
     return tuple(
         Layer(
             module=row.module, kind=row.kind, params=row.params, macs=row.macs, became=became.get(row.module, "float32")

@@ -17,7 +17,7 @@ from pared.quantize.folding import TRANSPOSED, tensor_of
 from pared.quantize.formats import Activations, Weights
 from pared.quantize.placement import Anchor, Placement, activations, behind, tensor_after
 from pared.quantize.rounding import nearest
-from pared.quantize.saturation import safe_scale
+from pared.quantize.saturation import groups_of, safe_scale
 from pared.step import Scheme
 
 Ranges = Mapping[str, tuple[float, float]]
@@ -169,7 +169,8 @@ def encode_one(
     channels = weight.shape[axis]
     scale, zero_point = (part.flatten().expand(channels).contiguous() for part in chosen)
     if any_cpu and scheme.saturating != "no":
-        scale = torch.maximum(scale, safe_scale(weight, node, any_pair=scheme.saturating == "any"))
+        by_channel, any_pair = weight.transpose(0, axis), scheme.saturating == "any" or axis == 1
+        scale = torch.maximum(scale, safe_scale(by_channel, groups=groups_of(node), any_pair=any_pair))
         scale = scale if form.granularity == "channel" else scale.max().expand(channels).contiguous()
     if bias is not None and bias.numel() == channels and form.granularity == "channel" and scheme.bias_dtype == "int32":
         # By the bias as it was: a correction must not change the grid that it corrects.

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from pared.graph.capture import operator
 from pared.measure.saturation import HIGHEST, LOWEST, is_depthwise, neighbours, reach
-from pared.quantize.folding import CONVOLUTIONS, TRANSPOSED
+from pared.quantize.folding import CONVOLUTIONS
 
 # Two weights of one sign that sum to 126 steps sum to 128 at most, whichever way each is rounded; 255 * 128 < 2^15.
 SAFE_STEPS = 126
@@ -141,23 +141,21 @@ def groups_of(layer: fx.Node) -> int:
     return groups if isinstance(groups, int) else 1
 
 
-def safe_scale(weight: Tensor, layer: fx.Node, *, any_pair: bool) -> Tensor:
+def safe_scale(weight: Tensor, *, groups: int, any_pair: bool) -> Tensor:
     """The smallest scale of each channel with which no pair of its products can saturate.
 
     Most channels lose little: their two largest neighbours of one sign are seldom twice their largest weight, which is
     what weights of 7 bits would provide for.
 
     Args:
-        weight: Real, as the layer holds it.
-        layer: For its groups: a depthwise layer needs none, where the order of the weights is known.
+        weight: Real, the output channels first.
+        groups: Of a convolution, for depthwise ones need none; 1 for a linear layer.
         any_pair: As for `measure.saturation.reach`.
 
     Returns:
         float32 (channels,), 0 where every scale is safe.
     """
-    if operator(layer) in TRANSPOSED:
-        weight, any_pair = weight.transpose(0, 1), True
     values = weight.double().numpy()
-    if is_depthwise(values, groups_of(layer)) and not any_pair:
+    if is_depthwise(values, groups) and not any_pair:
         return torch.zeros(len(values))
     return (torch.from_numpy(reach(values, any_pair=any_pair)) / SAFE_STEPS).float()

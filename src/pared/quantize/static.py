@@ -111,7 +111,7 @@ class QuantizeStatic:
         bits = self.weights.bits
         work = work_of(graph, placement, ctx.target.scheme)
         facts["warnings"] = [*warnings_of(work), *facts.get("warnings", ())]
-        facts |= {"macs": work.macs, "integer_macs": work.integer_macs}
+        facts |= {"macs": work.macs, "integer_macs": work.integer_macs, "conversions": work.conversions}
         return Plan(
             step="QuantizeStatic",
             settings=settings_of(self),

@@ -85,7 +85,7 @@ def changes(node: fx.Node, anchors: set[str], placement: Placement, scheme: Sche
         return made.name in integer
 
     def stays(user: fx.Node) -> bool:
-        return user.name in integer or user.name in placement.tensors or operator(user) in moving
+        return user.name in integer or operator(user) in moving
 
     return (not comes_from_integers(node)) + (not all(stays(user) for user in node.users))
 

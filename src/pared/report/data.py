@@ -90,6 +90,16 @@ class WithoutVnni:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What one layer alone costs, on `validation` data. `sqnr_db` is None where the output does not change; `drops` has
+    each metric's own unit, positive where it gets worse."""
+
+    module: str
+    sqnr_db: float | None
+    drops: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
     """What was measured on one exported file. None: not measured; `without_vnni`: nothing can saturate."""
 
@@ -122,6 +132,7 @@ class Stage(Figures):
         skipped: Candidates that did not, with the reason.
         layers: The per-layer table of this stage.
         warnings: What the step's plan warned of, one sentence each.
+        sensitivity: What each layer costs when it alone is quantized, the most fragile first; empty where not measured.
     """
 
     name: str
@@ -135,6 +146,7 @@ class Stage(Figures):
     skipped: tuple[Skipped, ...] = ()
     layers: tuple[Layer, ...] = ()
     warnings: tuple[str, ...] = ()
+    sensitivity: tuple[LayerCost, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,21 @@ def drop(report: Report, metric: str, before: float, after: float) -> tuple[int,
     return (1 if good else -1), f"{amount} {'better' if good else 'worse'}"
 
 
+def cost(metric: str, drop: float) -> str:
+    """How much worse a metric is for one change.
+
+    Example:
+        >>> cost("accuracy", 0.0125), cost("mse", 0.0)
+        ('1.25 points worse', 'unchanged')
+    """
+    if not math.isfinite(drop):
+        return NOT_FINITE
+    if drop == 0:
+        return "unchanged"
+    amount = f"{100 * abs(drop):.2f} points" if is_ratio(metric) else number(abs(drop))
+    return f"{amount} {'worse' if drop > 0 else 'better'}"
+
+
 def speed(speedup: Speedup | None) -> tuple[int, str]:
     """How speed moved, as `drop` says it."""
     if speedup is None:
@@ -237,7 +252,8 @@ def without_vnni(report: Report) -> list[str]:
     sentences = [f"On x86 without VNNI, where 8-bit products saturate: {joined(parts)}; {taken}."]
     if worse_without_vnni(report, found):
         sentences.append(
-            "Warning: this file is markedly worse on such processors. QuantizeStatic(cpu='any') makes one that is not."
+            "Warning: this file is markedly worse on such processors. "
+            "QuantizeStatic(weights={'cpu': 'any'}) makes one that is not."
         )
     return sentences
 

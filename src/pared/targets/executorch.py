@@ -26,6 +26,7 @@ SCHEME = Scheme(
     activation_dtype="int8",
     activation_symmetric=False,
     weighted=LAYERS,
+    halves=frozenset({"float16"}),
     # XNNPACK's quantized convolutions and fully connected layers write integers only.
     whole=LAYERS,
     joining=frozenset({"aten.add", "aten.mul", "aten.cat", "aten.clamp", "aten.mean", "aten.adaptive_avg_pool2d"}),
@@ -79,29 +80,54 @@ class ExecuTorch:
 
         program = capture(model, task, limits=limits(task))
         notes = {"inputs": described(task), "outputs_have_batch": outputs_have_batch(program)}
-        infer_batch(program)
-        part_readers(program)
-        with hushed():
-            try:
-                from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-                from executorch.exir import to_edge_transform_and_lower
-            except ImportError as error:
-                raise not_installed("executorch", error) from None
-            # Its passes signal what they cannot do by whatever they happen to raise.
-            try:
-                edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-                left = not_delegated(edge.exported_program())
-                written = edge.to_executorch().buffer
-            except Exception as error:
-                raise TargetError(f"executorch: the model cannot be lowered: {first_line(error)}") from error
+        edge = lower(program)
+        if notes["outputs_have_batch"] and batch_is_fixed(edge):
+            # It could not keep the batch free (a shuffle of channels does that), so samples are run one by one.
+            edge = lower(capture(model, task, limits=limits(task) | {"batch": 1}))
+        left = not_delegated(edge.exported_program())
         check_integers_delegated(left)
-        path.write_bytes(written)
+        path.write_bytes(written(edge))
         notes["not_delegated"] = dict(Counter(name for name, _ in left))
         path.with_suffix(".json").write_text(json.dumps(notes, indent=1), encoding="utf8")
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
         """The file in a session. Raises: TargetError."""
         return open_session(self.name, path, threads=threads)
+
+
+def lower(program: ExportedProgram) -> Any:
+    """The program with all that XNNPACK takes handed to it. Raises: TargetError."""
+    infer_batch(program)
+    part_readers(program)
+    with hushed():
+        try:
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+        except ImportError as error:
+            raise not_installed("executorch", error) from None
+        # Its passes signal what they cannot do by whatever they happen to raise.
+        try:
+            return to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        except Exception as error:
+            raise TargetError(f"executorch: the model cannot be lowered: {first_line(error)}") from error
+
+
+def written(edge: Any) -> bytes:
+    """The file of a lowered program. Raises: TargetError."""
+    with hushed():
+        try:
+            content: bytes = edge.to_executorch().buffer
+        except Exception as error:
+            raise TargetError(f"executorch: the program cannot be written: {first_line(error)}") from error
+    return content
+
+
+def batch_is_fixed(edge: Any) -> bool:
+    """True where lowering has fixed the size of the batch."""
+    program = edge.exported_program()
+    given = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    # A symbol that was fixed later is still one, and shows its only value.
+    return any(str(node.meta["val"].shape[0]).isdecimal() for node in given)
 
 
 def limits(task: Task) -> dict[str, int]:

@@ -52,6 +52,9 @@ SCHEME = Scheme(
     ),
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
     saturating="neighbours",
+    halves=frozenset({"float16", "bfloat16"}),
+    # bfloat16 has no kernels on CPUs, and is not cast to float32 as float16 is.
+    computed_halves=frozenset({"float16"}),
     # MatMulNBits, GatherBlockQuantized; weights of convolutions are restored as the file is loaded.
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     # Its ConvInteger runs slower than a float convolution.
@@ -75,11 +78,17 @@ class OnnxRuntime:
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         """Write `model` as ONNX. Raises: CaptureError, TargetError."""
-        from pared.targets import onnx_dynamic, onnx_weights
+        from pared.targets import onnx_attention, onnx_dynamic, onnx_weights
 
         rewritten = onnx_dynamic.with_dynamic_operators(onnx_weights.with_weight_operators(model))
-        table = {**onnx_weights.table(), **onnx_dynamic.table()}
-        proto = to_onnx(rewritten, task, self.name, table=table, finish=onnx_weights.unfold)
+        proto = to_onnx(
+            rewritten,
+            task,
+            self.name,
+            rewrite=onnx_attention.attend_in_one,
+            table={**onnx_weights.table(), **onnx_dynamic.table(), **onnx_attention.table()},
+            finish=onnx_weights.unfold,
+        )
         protect(proto.graph)
         path.write_bytes(checked(proto, self.name))
 
@@ -93,6 +102,7 @@ def to_onnx(
     task: Task,
     target: str,
     *,
+    rewrite: Callable[[Any], Any] | None = None,
     table: Mapping[Any, Any] = MappingProxyType({}),
     finish: Callable[[Any], None] | None = None,
 ) -> Any:
@@ -102,6 +112,7 @@ def to_onnx(
         model: Captured anew.
         task: Gives the example inputs and the names of dimensions.
         target: For messages.
+        rewrite: Changes the captured program.
         table: Translations of operators that PyTorch's exporter does not know.
         finish: Changes the model before names and notes are taken out of it.
 
@@ -114,7 +125,8 @@ def to_onnx(
     from pared.graph.capture import capture, quiet
     from pared.targets.decomposition import decompose_sparingly
 
-    program = decompose_sparingly(capture(model, task))
+    program = capture(model, task)
+    program = decompose_sparingly(program if rewrite is None else rewrite(program))
     with quiet(), hushed():
         try:
             exported = torch.onnx.export(
@@ -170,8 +182,11 @@ def strip(proto: Any) -> None:
     graphs: list[Any] = [proto.graph]
     while graphs:
         graph = graphs.pop()
-        graph.ClearField("value_info")
-        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        compared = residuals(graph)
+        for index in reversed(range(len(graph.value_info))):
+            if graph.value_info[index].name not in compared:
+                del graph.value_info[index]
+        for holder in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
             holder.ClearField("doc_string")
             holder.ClearField("metadata_props")
         for node in graph.node:
@@ -183,9 +198,18 @@ def strip(proto: Any) -> None:
             drop_defaults(node, opset)
             for attribute in node.attribute:
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else []
+        for value in graph.value_info:
+            value.name = shorten(value.name)
         if graph is not proto.graph:
             for holder in (*graph.input, *graph.output, *graph.initializer):
                 holder.name = shorten(holder.name)
+
+
+def residuals(graph: Any) -> set[str]:
+    """Names of the values that are added right before a layer norm."""
+    added = {node.output[0]: node.input for node in graph.node if node.op_type == "Add"}
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    return {name for node in norms for name in added.get(node.input[0], ())}
 
 
 def name_dimensions(graph: Any, task: Task) -> None:
@@ -196,7 +220,7 @@ def name_dimensions(graph: Any, task: Task) -> None:
         key = value.name if value.name in keys else keys[index]
         for axis, name in {0: "batch", **task.dynamic_of(key)}.items():
             names[value.type.tensor_type.shape.dim[axis].dim_param] = name
-    for value in (*graph.input, *graph.output):
+    for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param)

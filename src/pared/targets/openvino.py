@@ -24,6 +24,12 @@ SCHEME = dataclasses.replace(
     # Its integer layers can all write float, also with an activation fused in.
     whole=frozenset(),
     float_activations=True,
+    # oneDNN's kernels without VNNI add products in pairs, in an order of their own.
+    saturating="any",
+    # The forms of ONNX Runtime alone.
+    weight_only=frozenset(),
+    dynamic=frozenset(),
+    norms_as_convolutions=False,
     # It runs these inside the layer before them, on the accumulator: an integer tensor between would only cost.
     absorbed=ONNXRUNTIME.absorbed
     | {

@@ -24,6 +24,12 @@ SCHEME = dataclasses.replace(
     ONNXRUNTIME,
     whole=frozenset(),
     float_activations=True,
+    # oneDNN's kernels without VNNI add products in pairs, in an order of their own.
+    saturating="any",
+    # The forms of ONNX Runtime alone.
+    weight_only=frozenset(),
+    dynamic=frozenset(),
+    norms_as_convolutions=False,
     # Of the activations that oneDNN appends to an integer layer, those that Inductor's patterns find.
     absorbed=frozenset(
         {"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp", "aten.hardswish", "aten.silu", "aten.gelu"}

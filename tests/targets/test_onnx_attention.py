@@ -1,0 +1,91 @@
+"""Attention in ONNX files: one operator where the heads are split and joined as usual, the same values everywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pared.targets.onnxruntime import OnnxRuntime
+from pared.task import Task
+
+HEADS, WIDTH = 2, 8
+
+
+class Attention(nn.Module):
+    """Heads split and joined as transformers does it, in a post-norm block."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = (part(x).view(n, length, HEADS, -1).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mask = seen.bool()[:, None, None, :].expand(n, 1, length, length)
+        if self.kind == "masked":
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif self.kind == "scaled":
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        elif self.kind == "causal":
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            bias = torch.zeros(n, 1, length, length).masked_fill(~mask, -1e4)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.norm(x + self.out(mixed.transpose(1, 2).reshape(n, length, -1)) + 0 * seen[..., None])
+
+
+def operators(path: Path) -> Counter[str]:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_name("optimized.onnx"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize(("kind", "fused"), [("masked", 1), ("scaled", 1), ("causal", 0), ("biased", 0)])
+def test_file_agrees_with_the_model_whatever_the_mask(kind: str, fused: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Attention(kind).eval()
+    example = (torch.randn(2, 5, WIDTH), torch.ones(2, 5))
+    task = Task(example_inputs=example, dynamic={0: {1: "length"}, 1: {1: "length"}})
+    path = tmp_path / "model.onnx"
+    OnnxRuntime().export(model, task, path)
+    kinds = operators(path)
+    assert kinds["MultiHeadAttention"] == fused
+    x, seen = torch.randn(3, 9, WIDTH), (torch.rand(3, 9) > 0.4).float()
+    seen[1] = 0 if kind == "masked" else seen[1]  # a sample that may look at nothing
+    seen[0, 0] = 1
+    with torch.no_grad():
+        expected = model(x, seen).numpy()
+    (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy(), seen.numpy()])
+    # float32 sums of some dozen products of numbers about 1
+    assert abs(found - expected).max() < 1e-5
+
+
+def test_residual_adds_are_fused_into_layer_norms(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, length, _ = x.shape
+            return self.norm(x + self.layer(x).view(n, length, 2, -1).transpose(1, 2).reshape(n, length, -1))
+
+    path = tmp_path / "model.onnx"
+    task = Task(example_inputs=torch.randn(2, 5, WIDTH), dynamic={0: {1: "length"}})
+    OnnxRuntime().export(Block().eval(), task, path)
+    assert operators(path)["SkipLayerNormalization"] == 1
+    values = onnx.load(path).graph.value_info
+    assert [[size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in values] == [
+        ["batch", "length", WIDTH]
+    ]
