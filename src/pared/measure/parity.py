@@ -9,6 +9,11 @@ from pared.report.data import Agreement
 # networks of some hundred layers lose 20 to 50 dB of that to accumulation and fused kernels. A wrong axis, weight or
 # padding leaves less than 40 dB. 60 dB, an RMS error of 0.1 %, lies between the two.
 FLOAT_FLOOR_DB = 60.0
+# An integer output that is a quantum off in one value of six, its root mean square being 40 quanta of 255, is at 40 dB.
+# Runtimes round ties and sums in their own way: that much is faithful, however little quantization itself costs.
+QUANTUM_FLOOR_DB = 40.0
+# Repairs take back what quantization shifts, not what the last bit flips: the flips may be twice the power of the cost.
+SLACK_DB = 3.0
 
 
 def check_parity(agreement: Agreement, *, floor_db: float = FLOAT_FLOOR_DB, where: str) -> None:

@@ -19,7 +19,7 @@ from pared.graph.capture import evaluating
 from pared.graph.counts import LayerCount, nonzero_params
 from pared.identity import identity
 from pared.measure.fidelity import Comparison
-from pared.measure.parity import FLOAT_FLOOR_DB, check_parity
+from pared.measure.parity import FLOAT_FLOOR_DB, QUANTUM_FLOOR_DB, SLACK_DB, check_parity
 from pared.metrics import Metric
 from pared.pipeline.without_vnni import emulate_without_vnni
 from pared.pipeline.workspace import write_json
@@ -126,7 +126,8 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
     A float file must reach FLOAT_FLOOR_DB. Rounding to integers is chaotic: a difference in the last bit of an
     accumulator flips a whole quantum somewhere, and the flip spreads, so that two faithful runs of one integer network
     differ by almost as much as quantization itself costs. So a quantized file may be no further from its PyTorch model
-    than that model is from its float original: beyond that, something else than rounding is at work.
+    than that model is from its float original, give or take SLACK_DB, and need be no nearer than QUANTUM_FLOOR_DB:
+    beyond that, something else than rounding is at work.
 
     Raises:
         ParityError: The file is further off.
@@ -147,7 +148,7 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
     floor = FLOAT_FLOOR_DB
     if stage.quantized and before is not None:
         own_cost = cost.result().sqnr_db
-        floor = floor if own_cost is None else min(own_cost, floor)
+        floor = min(math.inf if own_cost is None else own_cost - SLACK_DB, QUANTUM_FLOOR_DB)
     found = own.result()
     check_parity(found, floor_db=floor, where=stage.plan.step if stage.plan else "baseline")
     return found
