@@ -83,7 +83,7 @@ CASES = [
             "samples": 3,
             "weights": {"bits": 4},
             "activations": {"bits": 6},
-            "repairs": (),
+            "repairs": (pared.QuantizeStatic(), ()),
             "max_drop": (pared.QuantizeStatic(weights={"bits": 2}, activations={"bits": 2}), 0.0),
             "sensitivity": Sensitivity(samples=4),
         },

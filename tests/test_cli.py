@@ -346,6 +346,7 @@ def test_bench_shows_every_file_against_the_first(
     assert "error: --dimension n: write NAME=SIZE" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:the last 12 of 24 calibration samples")
 def test_run_ends_in_an_artifact_that_repeats_itself_from_its_recipe(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,9 @@ class QuantizeStatic:
         ),
         pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
-    weights: Annotated[Weights, pydantic.Field(description="How weights become integers.")] = Weights()
+    weights: Annotated[
+        Weights, pydantic.Field(description="How weights become integers: width, granularity, rounding.")
+    ] = Weights()
     activations: Annotated[Activations, pydantic.Field(description="How activations become integers.")] = Activations()
     repairs: Annotated[
         tuple[Repair, ...],
