@@ -14,7 +14,7 @@ from pared.errors import SettingError
 from pared.measure.processor import saturates_here
 from pared.quantize.choose import Choice, Formats, numbers_of, transform
 from pared.quantize.emission import emit
-from pared.quantize.formats import Activations, Weights
+from pared.quantize.formats import Activations, Weights, kept_safe
 from pared.quantize.norms import write_norms_as_convolutions
 from pared.quantize.placement import Placement, place
 from pared.quantize.program import nothing_to_quantize, prepare
@@ -54,7 +54,9 @@ class QuantizeStatic:
         ),
         pydantic.BeforeValidator(named_ranges, json_schema_input_type=Name | AnyRanges),
     ] = MinMax()
-    weights: Annotated[Weights, pydantic.Field(description="How weights become integers.")] = Weights()
+    weights: Annotated[Weights, pydantic.Field(description="How weights become integers: width, scales, rounding.")] = (
+        Weights()
+    )
     activations: Annotated[Activations, pydantic.Field(description="How activations become integers.")] = Activations()
     repairs: Annotated[
         tuple[Repair, ...],
@@ -144,9 +146,7 @@ class QuantizeStatic:
 
     def must_suit_any_cpu(self, ctx: Context) -> bool:
         """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
-        # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
-        here = self.weights.cpu == "here" and saturates_here() is not False
-        return ctx.target.scheme.saturating != "no" and (self.weights.cpu == "any" or here)
+        return kept_safe(self.weights.cpu, ctx.target.scheme, here=saturates_here())
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str], list[Skip]]:
         """The captured graph, what becomes integers in it, the norms folded, and the layers that do not run."""
