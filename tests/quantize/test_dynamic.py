@@ -162,7 +162,7 @@ def test_weights_saturate_nowhere_when_asked(weights: str, monkeypatch: pytest.M
         assert layers_at_risk(program) == []  # of ranges chosen at run time the emulation claims nothing
         (values,) = [value for value in program.state_dict().values() if value.dtype == torch.int8]
         assert can_saturate(values.numpy()) is not safe
-        # By hand: two neighbours of one sign sum to 126 steps, 63 and 63 in the first channel, 101 and 25 in the second.
+        # By hand: neighbours of one sign sum to 126 steps, 63 and 63 in the first channel, 101 and 25 in the second.
         found[cpu, here] = values.tolist()
     monkeypatch.setattr(dynamic, "saturates_here", lambda: False)
     one_scale = weights == "per_tensor"

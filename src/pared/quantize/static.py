@@ -21,6 +21,7 @@ from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
 from pared.quantize.search import Sensitivity, keep_fragile, measure
+from pared.quantize.smooth import Migrate, make_room
 from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
@@ -155,6 +156,9 @@ class QuantizeStatic:
         if fold:
             write_norms_as_convolutions(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         placement = self.without(graph, ctx, [])
+        if any(isinstance(repair, Migrate) for repair in self.repairs):
+            make_room(graph, placement.anchors)
+            placement = self.without(graph, ctx, [])
         if not placement.anchors:
             raise nothing_to_quantize("QuantizeStatic", placement.skips)
         return graph, placement, folded, idle
