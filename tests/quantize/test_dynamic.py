@@ -13,7 +13,10 @@ from torch import Tensor, fx, nn
 
 from pared.errors import PlanError, QuantizeError, SettingError
 from pared.graph.capture import operator
+from pared.measure.saturation import can_saturate
+from pared.quantize import dynamic
 from pared.quantize.dynamic import SMALLEST_TABLE, QuantizeDynamic
+from pared.quantize.emulation import layers_at_risk
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
 from pared.targets.onnxruntime import OnnxRuntime
@@ -83,6 +86,7 @@ def test_program_equals_integer_arithmetic_written_out(per_row: bool, per_channe
         nn.Sequential(layer),
         torch.randn(4, 24),
         bits=bits,
+        cpu="vnni",
         weights="per_channel" if per_channel else "per_tensor",
         activations="per_row" if per_row else "per_tensor",
     )
@@ -136,6 +140,50 @@ def test_embedding_rows_are_within_half_a_quantum() -> None:
     table = model.words.weight.detach()
     half = table.abs().amax(1, keepdim=True) / 127 / 2
     assert ((program(ids).reshape(table.shape) - table).abs() <= half * 1.0001).all()
+
+
+@pytest.mark.parametrize("weights", ["per_channel", "per_tensor"])
+def test_weights_saturate_nowhere_when_asked(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight[:] = torch.tensor([[1.0, 1.0, 0, 0], [1.0, -1.0, 1.0, 0.25], [0, 0.25, -0.5, 0]])
+    model, x = nn.Sequential(layer), torch.randn(2, 4)
+    found = {}
+    for cpu, here, safe in (
+        ("any", False, True),
+        ("vnni", True, False),
+        ("here", True, True),
+        ("here", None, True),
+        ("here", False, False),
+    ):
+        monkeypatch.setattr(dynamic, "saturates_here", lambda here=here: here)
+        program, plan = quantized(model, x, weights=weights, cpu=cpu)
+        assert plan.facts["any_cpu"] is safe
+        assert layers_at_risk(program) == []  # of ranges chosen at run time the emulation claims nothing
+        (values,) = [value for value in program.state_dict().values() if value.dtype == torch.int8]
+        assert can_saturate(values.numpy()) is not safe
+        # By hand: neighbours of one sign sum to 126 steps, 63 and 63 in the first channel, 101 and 25 in the second.
+        found[cpu, here] = values.tolist()
+    monkeypatch.setattr(dynamic, "saturates_here", lambda: False)
+    one_scale = weights == "per_tensor"
+    assert found["any", False][:2] == [[63, 63, 0, 0], [63, -63, 63, 16] if one_scale else [101, -101, 101, 25]]
+    assert found["vnni", True][:2] == [[127, 127, 0, 0], [127, -127, 127, 32]]
+    # A plan made where products saturate makes the same file elsewhere.
+    step, ctx = QuantizeDynamic(weights=weights), context(model, x)
+    monkeypatch.setattr(dynamic, "saturates_here", lambda: True)
+    plan = step.plan(model, ctx)
+    monkeypatch.setattr(dynamic, "saturates_here", lambda: False)
+    program = step.apply(model, plan, ctx)
+    assert found["here", True] in [v.tolist() for v in program.state_dict().values() if v.dtype == torch.int8]
+
+
+def test_tables_keep_their_precision_where_no_layer_multiplies_them() -> None:
+    torch.manual_seed(0)
+    alone, tied = nn.Sequential(nn.Embedding(ROWS, WIDTH), nn.Linear(WIDTH, 4)), Words()
+    for model, largest in ((alone, 127), (tied, 126)):
+        program, _ = quantized(model, torch.randint(0, ROWS, (2, 7)), cpu="any")
+        (table,) = [value for value in program.state_dict().values() if value.shape == (ROWS, WIDTH)]
+        assert (table.abs().amax(1) == 127).all() if largest == 127 else not can_saturate(table.numpy())
 
 
 def test_plan_lists_every_candidate_with_the_reason() -> None:

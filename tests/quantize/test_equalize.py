@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from pared.quantize.correction import CorrectBias
 from pared.quantize.equalize import Equalize, equalize, input_reach, output_reach, pairs
 from pared.quantize.folding import tensor_of
 from pared.quantize.placement import Anchor, place
 from pared.quantize.program import prepare
-from pared.quantize.smooth import ChannelReach, migrate, migration_scales, norms
-from pared.targets.onnxruntime import SCHEME
+from pared.quantize.smooth import ROOM, ChannelReach, Migrate, make_room, migrate, migration_scales, norms
+from pared.quantize.static import QuantizeStatic
+from pared.step import Context
+from pared.targets.onnxruntime import SCHEME, OnnxRuntime
 from pared.task import Task
 from zoo_models import ZOO
 
@@ -81,7 +89,7 @@ def test_migration_keeps_the_function_and_shrinks_the_outliers() -> None:
     expected = graph(x)
     found = norms(graph, anchors)
     assert len(found) == 2
-    reaches = {norm.name: ChannelReach() for norm, _ in found}
+    reaches = {norm.name: ChannelReach() for norm, _, _ in found}
 
     def spread(name: str) -> float:
         seen = ChannelReach()
@@ -120,4 +128,73 @@ def test_migration_scales_are_those_of_the_paper(alpha: float) -> None:
 def test_a_norm_that_also_feeds_a_residual_is_left_alone() -> None:
     model, example = ZOO["multihead_attention"]()
     graph, anchors = prepared(model, example.args[0])
-    assert all(len(layers) == len(norm.users) for norm, layers in norms(graph, anchors))
+    assert all(len(layers) == len(norm.users) for norm, layers, _ in norms(graph, anchors))
+
+
+class PostNorm(nn.Module):
+    """A norm that feeds two layers, one through a dropout, and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(16), nn.Dropout(0.1)
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.last = nn.LayerNorm(16)
+        with torch.no_grad():
+            self.norm.weight[3] *= 40
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.c(self.last(torch.tanh(self.a(x)) * self.b(self.drop(x)) + x))
+
+
+def test_a_norm_with_other_readers_gets_a_multiplication_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = PostNorm(), torch.randn(8, 5, 16)
+    graph, anchors = prepared(model, x)
+    assert [norm.target for norm, _, _ in norms(graph, anchors)] == [torch.ops.aten.layer_norm.default]  # `last`
+    expected = model(x)
+    make_room(graph, anchors)
+    assert torch.equal(graph(x), expected)
+    found = norms(graph, anchors)
+    assert [(ROOM in norm.meta, len(layers)) for norm, layers, _ in found] == [(True, 2), (False, 1)]
+    make_room(graph, anchors)
+    assert norms(graph, anchors) == found  # nothing more to do
+    # The layers read it, so it is what becomes integers; the sum still reads the norm.
+    placement = place(graph, SCHEME, include=("*",), exclude=())
+    assert placement.anchors == anchors
+    assert found[0][0].name in placement.tensors
+    assert found[0][0].args[0].name not in placement.tensors
+    reaches = {norm.name: ChannelReach() for norm, _, _ in found}
+    with torch.no_grad():
+        hidden = model.norm(x)
+        reaches[found[0][0].name].update(hidden)
+        reaches[found[1][0].name].update(torch.randn(9, 16))
+    scales = migrate(graph, anchors, reaches, 0.5)
+    assert torch.allclose(graph(x), expected, rtol=1e-4, atol=1e-5)
+    weights = torch.cat([model.a.weight, model.b.weight]).detach().abs().amax(0)
+    by_hand = (hidden.abs().amax((0, 1)) / weights).sqrt()
+    assert torch.allclose(scales[found[0][0].name], by_hand, rtol=1e-5)
+    assert torch.allclose(tensor_of(graph, found[0][0].args[1]), 1 / by_hand, rtol=1e-5)
+
+
+def test_a_replayed_plan_migrates_to_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = PostNorm().eval(), [torch.randn(8, 5, 16)]
+    step = QuantizeStatic(repairs=[Migrate(), CorrectBias()])
+    task = Task(example_inputs=data[0], calibration=data)
+    programs, ctx = [], Context(task=task, target=OnnxRuntime(), work=tmp_path, dense=model)
+    plan = step.plan(model, ctx)
+    for replay in (ctx, dataclasses.replace(ctx, memo={})):
+        programs.append(step.apply(model, plan, replay))
+    first, second = (program.state_dict() for program in programs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(programs[0](data[0]), programs[1](data[0]))
+    ctx.target.export(programs[1], ctx.task, tmp_path / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 3
+    assert kinds.count("MatMul") + kinds.count("Gemm") == 0

@@ -60,7 +60,7 @@ def test_runtime_makes_an_integer_operator_of_every_layer(activations: str, tmp_
     torch.manual_seed(0)
     model = Shared().eval()
     task = Task(example_inputs=torch.randn(2, 5, 16), dynamic={"0": {1: "length"}})
-    program, path = exported(model, task, tmp_path, activations=activations, bits=7)
+    program, path = exported(model, task, tmp_path, activations=activations)
     kinds = optimized(path)
     assert kinds["MatMulIntegerToFloat"] == 2  # what `a` and `b` read is quantized once
     assert kinds["DynamicQuantizeMatMul"] == 1
@@ -79,7 +79,7 @@ def test_runtime_makes_an_integer_operator_of_every_layer(activations: str, tmp_
 def test_first_layer_is_the_same_as_in_the_program_to_float_rounding(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8)).eval()
-    program, path = exported(model, Task(example_inputs=torch.randn(2, 16)), tmp_path, bits=7)
+    program, path = exported(model, Task(example_inputs=torch.randn(2, 16)), tmp_path)
     for x in (torch.randn(4, 16), torch.rand(4, 16) + 3, torch.zeros(2, 16)):
         with torch.no_grad():
             expected = program(x).numpy()
@@ -97,7 +97,7 @@ def test_attention_runs_in_the_runtime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = FusedAttention().eval()
     task = Task(example_inputs=torch.randn(2, 7, 6), dynamic={"0": {1: "length"}})
-    program, path = exported(model, task, tmp_path, bits=7)
+    program, path = exported(model, task, tmp_path)
     kinds = optimized(path)
     assert kinds["DynamicQuantizeMatMul"] + kinds["MatMulIntegerToFloat"] == 6
     x = torch.randn(3, 11, 6)
@@ -109,7 +109,7 @@ def test_attention_runs_in_the_runtime(tmp_path: Path) -> None:
 def test_embeddings_are_gathered_as_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(2**11, 32), nn.Linear(32, 4)).eval()
-    program, path = exported(model, Task(example_inputs=torch.randint(0, 9, (2, 3))), tmp_path, bits=7)
+    program, path = exported(model, Task(example_inputs=torch.randint(0, 9, (2, 3))), tmp_path)
     assert path.stat().st_size < 2**16 + 2**15  # a quarter of the float table, and a scale for each row
     ids = torch.randint(0, 2**11, (4, 3))
     with torch.no_grad():

@@ -144,7 +144,7 @@ class Choice:
 
     def migrate(self, repair: Migrate) -> None:
         """Migration behind layer norms, from the reach of each of their channels."""
-        reaches = {norm.name: ChannelReach() for norm, _ in norms(self.graph, self.placement.anchors)}
+        reaches = {norm.name: ChannelReach() for norm, _, _ in norms(self.graph, self.placement.anchors)}
         if reaches:
             calibrate(self.graph, reaches, self.batches(), self.ctx.progress)
         scales = migrate(self.graph, self.placement.anchors, reaches, repair.alpha)

@@ -13,11 +13,14 @@ from torch import Tensor, fx, nn
 
 from pared.errors import PlanError, QuantizeError
 from pared.graph.capture import operator
+from pared.measure.processor import saturates_here
 from pared.quantize.affine import QParams, choose_qparams, grid, quantize
 from pared.quantize.emission import OPERATORS, drop_unused_tensors
-from pared.quantize.folding import CONVOLUTIONS, store, tensor_of
+from pared.quantize.folding import CONVOLUTIONS, LINEAR, store, tensor_of
+from pared.quantize.formats import Cpu, kept_safe
 from pared.quantize.placement import CANDIDATES, behind, check_patterns, label, layer, why_not
 from pared.quantize.program import nothing_to_quantize, prepare
+from pared.quantize.saturation import safe_scale
 from pared.step import Context, Edit, Need, Plan, Scheme, Skip, settings, settings_of
 
 EMBEDDING = "aten.embedding"
@@ -58,9 +61,10 @@ class QuantizeDynamic:
         pydantic.Field(
             ge=2,
             le=8,
-            description="Width of the weights, which are stored in 8. 7 keeps CPUs without VNNI from saturating.",
+            description="Width of the weights, which are stored in 8.",
         ),
     ] = 8
+    cpu: Cpu = "here"
     activations: Annotated[
         Literal["per_row", "per_tensor"],
         pydantic.Field(
@@ -93,14 +97,14 @@ class QuantizeDynamic:
                 for node in layers
             ),
             skips=(*skips, *idle),
-            facts={"folded": folded},
+            facts={"folded": folded, "any_cpu": kept_safe(self.cpu, ctx.target.scheme, here=saturates_here())},
             estimate=ctx.dry,
         )
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The quantized program. Raises: QuantizeError where the plan does not fit the model."""
         graph, _, _ = prepared(model, ctx)
-        emit_dynamic(graph, [edit.detail["node"] for edit in plan.edits], self)
+        emit_dynamic(graph, [edit.detail["node"] for edit in plan.edits], self, any_cpu=plan.facts["any_cpu"])
         return graph
 
 
@@ -179,13 +183,14 @@ def unnamed(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> st
     return None if excluded is None else f"excluded by {excluded!r}"
 
 
-def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic) -> None:
+def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic, *, any_cpu: bool) -> None:
     """Write the quantization into the graph, in place.
 
     Args:
         graph: The prepared graph.
         names: Nodes of the layers.
         step: The settings.
+        any_cpu: Keep the weights of linear layers so small that their products saturate on no processor.
 
     Raises:
         QuantizeError: A node is missing: the plan belongs to another model or version.
@@ -198,11 +203,14 @@ def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic)
         )
     stored: dict[str, Stored] = {}
     inputs: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}
+    multiplied = {str(weight_of(nodes[name]).target) for name in names if operator(nodes[name]) == LINEAR}
     for name in names:
         node, weight = nodes[name], weight_of(nodes[name])
         if str(weight.target) not in stored:
+            # A table that embeddings alone read is multiplied with nothing; one tied to a layer is, and goes first.
+            safe = any_cpu and str(weight.target) in multiplied
             with graph.graph.inserting_before(node):
-                stored[str(weight.target)] = emit_weight(graph, node, tensor_of(graph, weight), step)
+                stored[str(weight.target)] = emit_weight(graph, node, tensor_of(graph, weight), step, safe=safe)
         if operator(node) == EMBEDDING:
             emit_embedding(graph, node, stored[str(weight.target)])
         else:
@@ -214,11 +222,14 @@ def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic)
     drop_unused_tensors(graph)
 
 
-def emit_weight(graph: fx.GraphModule, node: fx.Node, weight: Tensor, step: QuantizeDynamic) -> Stored:
+def emit_weight(graph: fx.GraphModule, node: fx.Node, weight: Tensor, step: QuantizeDynamic, *, safe: bool) -> Stored:
     """Integers and scales of a weight: one scale for each row, all equal where one serves the tensor."""
     numbers = grid(bits=step.bits, signed=True, symmetric=True)
     qparams = choose_qparams(weight, numbers, symmetric=True, axis=0 if step.weights == "per_channel" else None)
     scale = qparams.scale.reshape(-1).expand(weight.shape[0]).contiguous()
+    if safe:
+        scale = torch.maximum(scale, safe_scale(weight, groups=1, any_pair=False))
+        scale = scale if step.weights == "per_channel" else scale.max().expand(weight.shape[0]).contiguous()
     column = QParams(scale.double().reshape(-1, 1), qparams.zero_point.new_zeros(()))
     values = store(graph, f"{node.name}_weight", quantize(weight.double(), column, numbers))
     return Stored(values, store(graph, f"{node.name}_weight_scale", scale))

@@ -42,6 +42,8 @@ class Affine:
         if not isinstance(node, fx.Node) or operator(node) not in {QUANTIZE, DEQUANTIZE}:
             return None
         scale, zero_point, low, high, dtype = node.args[1:6]
+        if isinstance(scale, fx.Node):
+            return None  # chosen at every call
         return cls(scale, zero_point, low, high) if dtype == torch.uint8 else None  # type: ignore[arg-type]
 
     def round(self, steps: Tensor) -> Tensor:

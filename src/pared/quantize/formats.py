@@ -11,6 +11,26 @@ from pared.quantize.affine import Grid, grid
 from pared.quantize.rounding import ROUNDINGS, AdaRound, Nearest, Stochastic
 from pared.step import Scheme, settings
 
+Cpu = Annotated[
+    Literal["here", "any", "vnni"],
+    pydantic.Field(
+        description="Where the file must be right: any: on every processor, at some precision of the weights, for"
+        " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
+    ),
+]
+
+
+def kept_safe(cpu: str, scheme: Scheme, *, here: bool | None) -> bool:
+    """Whether weights must be kept from saturating: a fact of the plan, so that it is replayed the same elsewhere.
+
+    Args:
+        cpu: As the setting.
+        scheme: The runtime's rules.
+        here: Whether products saturate on this processor. Where the system does not tell, a little precision is lost
+            rather than an unknown amount of it.
+    """
+    return scheme.saturating != "no" and (cpu == "any" or (cpu == "here" and here is not False))
+
 
 def named_rounding(value: Any) -> Any:
     """Let a bare name stand for a rounding with its default settings."""
@@ -28,13 +48,7 @@ class Weights:
     symmetric: Annotated[
         bool, pydantic.Field(description="Zero point 0; false gives the tensor a zero point of its own.")
     ] = True
-    cpu: Annotated[
-        Literal["here", "any", "vnni"],
-        pydantic.Field(
-            description="Where the file must be right: any: on every processor, at some precision of the weights, for"
-            " 8-bit products saturate on x86 without VNNI; vnni: on processors with VNNI; here: on one like this."
-        ),
-    ] = "here"
+    cpu: Cpu = "here"
     rounding: Annotated[
         Nearest | Stochastic | AdaRound,
         pydantic.Field(discriminator="kind", description="nearest, stochastic or adaround."),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from pared.errors import nearest
 from pared.quantize.correction import CorrectBias
 from pared.quantize.equalize import Equalize
 from pared.quantize.smooth import Migrate
@@ -28,8 +29,10 @@ REPAIRS = {
 
 
 def named_repair(value: Any) -> Any:
-    """Let a bare name stand for a repair with its default settings."""
-    return REPAIRS[value]() if isinstance(value, str) and value in REPAIRS else value
+    """Let a bare name stand for a repair with its default settings. Raises: ValueError for an unknown one."""
+    if isinstance(value, str) and value not in REPAIRS:
+        raise ValueError(f"no repair {value!r}; {nearest(value, REPAIRS)}")
+    return REPAIRS[value]() if isinstance(value, str) else value
 
 
 Repair = Annotated[

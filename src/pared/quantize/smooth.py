@@ -2,6 +2,7 @@
 
 A few channels behind a layer norm are many times larger than the others; one scale for all then wastes the integers.
 The layer norm divides each channel by a factor, the linear layers multiply it back: the network computes the same.
+Where something else reads the norm too (a residual sum behind a post-norm), a multiplication of its own divides.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from pared.graph.capture import operator
-from pared.quantize.folding import LINEAR, tensor_of
-from pared.quantize.placement import Anchor
+from pared.quantize.folding import LINEAR, store, tensor_of
+from pared.quantize.placement import Anchor, behind
 from pared.step import settings
 
 SMALLEST = 1e-5
+ROOM = "room_for_migration"  # in the meta of a multiplication made here
+NORM = "aten.layer_norm"
 
 
 @settings
@@ -65,23 +68,63 @@ def migration_scales(activations: Tensor, weights: Tensor, alpha: float) -> Tens
     return torch.where(used, scale, torch.ones_like(scale)).clamp(min=SMALLEST).float()
 
 
-def norms(graph: fx.GraphModule, anchors: Sequence[Anchor]) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """Layer norms with a weight and a bias of their own that feed linear layers alone, and these layers."""
-    names = {anchor.node for anchor in anchors}
+def readers_of(graph: fx.GraphModule) -> dict[str, int]:
+    """How many times each stored tensor is read."""
     readers: dict[str, int] = {}
     for node in graph.graph.nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr":
                 readers[str(source.target)] = readers.get(str(source.target), 0) + 1
+    return readers
+
+
+def make_room(graph: fx.GraphModule, anchors: Sequence[Anchor]) -> None:
+    """Put a multiplication by ones between layer norms that others read too and the integer linear layers behind.
+
+    Args:
+        graph: Prepared; changed in place, and computes the same to the last bit.
+        anchors: The layers that become integers. What becomes of the new tensors a new placement says.
+    """
+    names, readers = {anchor.node for anchor in anchors}, readers_of(graph)
+    direct = {norm for norm, _, _ in norms(graph, anchors)}
+    behind_norm: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.name not in names or operator(node) != LINEAR or readers[str(node.args[1].target)] != 1:
+            continue
+        norm = behind(node.args[0])
+        if operator(norm) == NORM and norm not in direct:
+            behind_norm.setdefault(norm, []).append(node)
+    for norm, layers in behind_norm.items():
+        with graph.graph.inserting_after(norm):
+            anchor = graph.graph.call_function(torch.ops.aten.alias.default, (norm,))
+        with graph.graph.inserting_before(anchor):
+            ones = store(graph, f"{norm.name}_factor", torch.ones(norm.meta["val"].shape[-1]))
+            scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (norm, ones))
+        graph.graph.erase_node(anchor)
+        scaled.meta = {**norm.meta, ROOM: True}
+        for layer in layers:
+            layer.args = (scaled, *layer.args[1:])
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def norms(graph: fx.GraphModule, anchors: Sequence[Anchor]) -> list[tuple[fx.Node, list[fx.Node], list[fx.Node]]]:
+    """What can divide its channels: layer norms with a weight and a bias of their own, and what `make_room` put in.
+
+    Returns:
+        Each with the linear layers that it feeds, and nothing but these, and the stored tensors to divide.
+    """
+    names, readers = {anchor.node for anchor in anchors}, readers_of(graph)
     found = []
     for node in graph.graph.nodes:
-        if operator(node) != "aten.layer_norm" or not all(isinstance(arg, fx.Node) for arg in node.args[2:4]):
+        own = list(node.args[1:2] if ROOM in node.meta else node.args[2:4] if operator(node) == NORM else ())
+        if len(own) < (1 if ROOM in node.meta else 2) or not all(isinstance(arg, fx.Node) for arg in own):
             continue
         layers = list(node.users)
-        owned = [*node.args[2:4], *(layer.args[1] for layer in layers if operator(layer) == LINEAR)]
-        alone = len(node.args) >= 4 and all(readers[str(arg.target)] == 1 for arg in owned)
+        owned = [*own, *(layer.args[1] for layer in layers if operator(layer) == LINEAR)]
+        alone = all(readers.get(str(arg.target)) == 1 for arg in owned)
         if layers and alone and all(layer.name in names and operator(layer) == LINEAR for layer in layers):
-            found.append((node, layers))
+            found.append((node, layers, own))
     return found
 
 
@@ -91,10 +134,10 @@ def migrate(
     """Migrate behind every layer norm that allows it, in place.
 
     Returns:
-        Factor of each channel of the layer norm, by its node; `apply_migration` applies it.
+        Factor of each channel, by the node that divides; `apply_migration` applies it.
     """
     scales = {}
-    for norm, layers in norms(graph, anchors):
+    for norm, layers, _ in norms(graph, anchors):
         weights = torch.stack([tensor_of(graph, layer.args[1]).abs().amax(0) for layer in layers]).amax(0)
         scales[norm.name] = migration_scales(reaches[norm.name].reach, weights, alpha)
     apply_migration(graph, anchors, scales)
@@ -102,12 +145,12 @@ def migrate(
 
 
 def apply_migration(graph: fx.GraphModule, anchors: Sequence[Anchor], scales: Mapping[str, Tensor]) -> None:
-    """Divide layer norms by their factors and multiply the layers behind, in place: the same function as before."""
-    for norm, layers in norms(graph, anchors):
+    """Divide by the factors and multiply the layers behind, in place: the same function as before."""
+    for norm, layers, own in norms(graph, anchors):
         if norm.name not in scales:
             continue
         scale = scales[norm.name].double()
-        for arg in norm.args[2:4]:
+        for arg in own:
             tensor = tensor_of(graph, arg)
             tensor.copy_(tensor.double() / scale)
         for layer in layers:

@@ -14,13 +14,14 @@ from pared.errors import SettingError
 from pared.measure.processor import saturates_here
 from pared.quantize.choose import Choice, Formats, numbers_of, transform
 from pared.quantize.emission import emit
-from pared.quantize.formats import Activations, Weights
+from pared.quantize.formats import Activations, Weights, kept_safe
 from pared.quantize.norms import write_norms_as_convolutions
 from pared.quantize.placement import Placement, place
 from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
 from pared.quantize.search import Sensitivity, keep_fragile, measure
+from pared.quantize.smooth import Migrate, make_room
 from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 
@@ -146,9 +147,7 @@ class QuantizeStatic:
 
     def must_suit_any_cpu(self, ctx: Context) -> bool:
         """Whether weights must be kept from saturating: a plan's fact, so that it is replayed the same elsewhere."""
-        # Where the system does not tell, a little precision is lost rather than an unknown amount of it.
-        here = self.weights.cpu == "here" and saturates_here() is not False
-        return ctx.target.scheme.saturating != "no" and (self.weights.cpu == "any" or here)
+        return kept_safe(self.weights.cpu, ctx.target.scheme, here=saturates_here())
 
     def prepare(self, model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, Placement, list[str], list[Skip]]:
         """The captured graph, what becomes integers in it, the norms folded, and the layers that do not run."""
@@ -157,6 +156,9 @@ class QuantizeStatic:
         if fold:
             write_norms_as_convolutions(graph, ctx.target.scheme, include=self.include, exclude=self.exclude)
         placement = self.without(graph, ctx, [])
+        if any(isinstance(repair, Migrate) for repair in self.repairs):
+            make_room(graph, placement.anchors)
+            placement = self.without(graph, ctx, [])
         if not placement.anchors:
             raise nothing_to_quantize("QuantizeStatic", placement.skips)
         return graph, placement, folded, idle

@@ -63,6 +63,6 @@ def warning(path: Path, target: str) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
         f"{path.name} may be wrong here: {here}, without which products of the 8-bit weights of {names[0]}{more} "
-        "saturate; quantize again with QuantizeStatic(weights={'cpu': 'any'}), or open the file with ONNX Runtime's "
-        "session option session.x64quantprecision=1, which is exact and slower"
+        "saturate; quantize again with QuantizeStatic(weights={'cpu': 'any'}) or QuantizeDynamic(cpu='any'), or open "
+        "the file with ONNX Runtime's session option session.x64quantprecision=1, which is exact and slower"
     )
