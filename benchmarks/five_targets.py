@@ -112,14 +112,15 @@ def main() -> None:
 
 def run(results: Results, quick: bool) -> None:
     """Every target that is there, then the claims."""
-    task = fashion_mnist(full=not quick)
+    # Trained on the embedded images, which takes a minute; judged on all 10,000 test images of the full set.
+    task = fashion_mnist()
     if quick:
         # Trained enough that its outputs differ from sample to sample: else every sample rounds to the same side.
         sizes = {"calibration": 4, "train": 60, "validation": 4, "test": 4}
         small = {role: Part(getattr(task, role), size) for role, size in sizes.items()}
         task = dataclasses.replace(task, **small)
-    test = list(task.batches("test"))
-    model = trained(task, epochs=1 if quick else 4)
+    test = list((task if quick else fashion_mnist(full=True)).batches("test"))
+    model = trained(task, epochs=1 if quick else 2)
     for name in ORDER:
         if results.done(target=name) or name not in TARGETS:
             continue
