@@ -122,6 +122,7 @@ class Scheme:
         weight_only: Operators whose weight alone may be integers, beside float activations.
         halves: Of "float16" and "bfloat16", what weights can be stored in so that the file becomes smaller.
         computed_halves: Of these, what the runtime also has operators in.
+        least_inputs: Fewest input channels of a convolution that the runtime computes rightly in integers.
         dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
@@ -143,6 +144,7 @@ class Scheme:
     halves: frozenset[str] = frozenset()
     computed_halves: frozenset[str] = frozenset()
     dynamic: frozenset[str] = frozenset()
+    least_inputs: int = 1
     norms_as_convolutions: bool = False
 
 

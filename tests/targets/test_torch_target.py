@@ -202,3 +202,26 @@ def test_artifact_asks_for_trust_when_it_is_opened_again(tmp_path: Path) -> None
     with pytest.raises(UsageError, match="trust=True"):
         pared.open_artifact(artifact.path).predict(x)
     assert torch.equal(pared.open_artifact(artifact.path, trust=True).predict(x), expected)
+
+
+def one_channel() -> tuple[nn.Module, Task]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    return model, Task(example_inputs=(torch.rand(1, 1, 8, 8),), calibration=[torch.rand(64, 1, 8, 8)])
+
+
+def test_convolution_of_one_input_channel_stays_in_float() -> None:
+    model, task = one_channel()
+    plan = QuantizeStatic().plan(model, Context(task=task, target=TARGET, work=folder(), dense=model))
+    assert [edit.module for edit in plan.edits] == ["2"]
+    assert [skip.module for skip in plan.skips if "fewer than 2 input channels" in skip.reason] == ["0"]
+
+
+@pytest.mark.contract
+def test_package_agrees_with_pytorch_when_the_input_has_one_channel() -> None:
+    model, task = one_channel()
+    made = compiled(quantized(model, task), task, folder() / "one.pt2")
+    x = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        expected = made.model(x)
+    assert decibels(expected.numpy(), TARGET.open(made.file, threads=1).run([x.numpy()])[0]) >= 60

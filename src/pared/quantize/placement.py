@@ -171,6 +171,8 @@ def why_not(node: fx.Node, scheme: Scheme, include: tuple[str, ...], exclude: tu
     value = x.meta.get("val")
     if value is not None and value.dtype != torch.float32:
         return f"its input is {value.dtype}; only float32 is quantized"
+    if value is not None and is_convolution(node) and value.ndim > 2 and value.shape[1] < scheme.least_inputs:
+        return f"the runtime computes integer convolutions of fewer than {scheme.least_inputs} input channels wrongly"
     others = {operator(user) for user in weight.users} - scheme.weighted
     if others:
         return f"its weight is shared with {', '.join(sorted(others))}, which stays in float"

@@ -39,6 +39,8 @@ SCHEME = dataclasses.replace(
     # Its patterns want every operand written out: zero points of weights, and biases in float.
     bias_dtype="float32",
     weight_zero_points=True,
+    # One channel has no memory format of its own: Inductor takes the integer output for laid out as it is not.
+    least_inputs=2,
 )
 # Freezing makes weights constants, which the integer patterns need. Line tables would be most of a small file.
 OPTIONS = {"freezing": True, "aot_inductor.enable_line_tables": False}
