@@ -292,6 +292,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_layers_wider_than_adaround_takes_are_rounded_to_nearest() -> None:
+    model, data, _, _ = example("mlp")
+    wide = {"kind": "adaround", "widest": 12}
+    _, plan = quantized(model, data, QuantizeStatic(weights={"rounding": wide}))
+    assert {edit.detail["node"]: edit.module for edit in plan.edits}.keys() - plan.facts["up"].keys() == {"linear_1"}
+    assert plan.facts["corrections"].keys() == {"linear", "linear_1", "linear_2"}
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_step_has_no_dead_setting(name: str) -> None:
     model, data, program, plan = example("mlp")

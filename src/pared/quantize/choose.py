@@ -211,8 +211,8 @@ class Choice:
             steps = steps_of(self.graph, nodes[name], code)
             if isinstance(rounding, Stochastic):
                 up[name] = stochastic(steps, self.ctx.seed, name)
-            elif name in inputs:
-                up[name] = self.adaround(nodes[name], steps, inputs[name].moments, rounding)
+            elif isinstance(seen := inputs.get(name), InputMoments):  # not of the widest layers
+                up[name] = self.adaround(nodes[name], steps, seen.moments, rounding)
         self.facts["up"] = {name: to_fact(value) for name, value in up.items()}
 
     def adaround(self, node: fx.Node, steps: Tensor, moments: SecondMoments, rounding: AdaRound) -> Tensor:
