@@ -292,6 +292,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+class Normed(nn.Module):
+    """A layer norm before two linear layers with a ReLU between them: both repairs change the first of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(F.relu(self.up(self.norm(x))))
+        return y
+
+
+def test_the_order_of_repairs_makes_no_difference_and_replays_to_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model, data = Normed().eval(), [torch.randn(32, 12) * torch.logspace(-1, 1, 12)]
+    programs = []
+    for repairs in (["equalize", "migrate"], ["migrate", "equalize"]):
+        step = QuantizeStatic(repairs=repairs)
+        program, plan = quantized(model, data, step)
+        assert plan.facts["equalized"] and plan.facts["migrated"]
+        programs += [program, step.apply(model, Plan.from_json(plan.to_json()), context(model, data))]
+    states = [program.state_dict() for program in programs]
+    assert all(torch.equal(state[key], states[0][key]) for state in states for key in states[0])
+
+
 def test_layers_wider_than_adaround_takes_are_rounded_to_nearest() -> None:
     model, data, _, _ = example("mlp")
     wide = {"kind": "adaround", "widest": 12}

@@ -107,7 +107,7 @@ class Choice:
         placement: What becomes integers.
         ranges: The calibrator.
         formats: How numbers become integers.
-        repairs: In the order given; each kind once.
+        repairs: Each kind once; their order makes no difference.
         samples: Most calibration samples.
         ctx: Of the step.
         facts: What was decided, filled in as it comes.
@@ -124,10 +124,12 @@ class Choice:
 
     def all(self) -> None:
         """Decide everything."""
+        # In the order of `transform`, whatever the order given: a replay must round alike.
         for repair in self.repairs:
             if isinstance(repair, Equalize):
                 self.equalize(repair)
-            elif isinstance(repair, Migrate):
+        for repair in self.repairs:
+            if isinstance(repair, Migrate):
                 self.migrate(repair)
         inputs = self.calibrate()
         self.round(inputs)

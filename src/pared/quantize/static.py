@@ -62,7 +62,7 @@ class QuantizeStatic:
     repairs: Annotated[
         tuple[Repair, ...],
         pydantic.Field(
-            description="What to do against the loss: fold_batch_norms, equalize, migrate, correct_bias; in this order."
+            description="What to do against the loss, each once: fold_batch_norms, equalize, migrate, correct_bias."
         ),
     ] = DEFAULT
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
