@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pared.errors import ModelError
+from pared.graph.capture import capture
 from pared.metrics import resolve_metrics
 from pared.quantize.program import prepare
 from pared.sensitivity import CHUNK, Kept, costs, dependents, flat
@@ -29,6 +30,10 @@ class Whole(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         return value * self.factor if n.name == self.name else value
+
+
+def coarse(x: Tensor) -> Tensor:
+    return torch.round(x * 4) / 4
 
 
 def graph_of(pattern: str) -> tuple[fx.GraphModule, Task]:
@@ -56,7 +61,7 @@ def test_replay_equals_a_whole_run_for_every_node(pattern: str) -> None:
     with torch.no_grad():
         kept = Kept(graph, batch.inputs)
         for name in computed(graph):
-            if not isinstance(kept.env.get(next(n for n in graph.graph.nodes if n.name == name)), torch.Tensor):
+            if not isinstance(kept.values.get(next(n for n in graph.graph.nodes if n.name == name)), torch.Tensor):
                 continue
             changes = {name: lambda value, args: value * 1.5}
             found = task.pick(kept.replay(changes, dependents(graph, changes)))
@@ -108,3 +113,39 @@ def test_only_what_depends_on_a_change_is_computed_again() -> None:
     last = computed(graph)[-1]
     assert [node.name for node in dependents(graph, [last])] == [last, "output"]
     assert isinstance(graph, nn.Module)
+
+
+@pytest.mark.parametrize("changed", ["stem", "body.0", "down.0"])
+def test_replay_equals_the_whole_model_with_one_output_changed(changed: str) -> None:
+    model, inputs = ZOO["residual_add"]()
+    graph: Any = capture(model, Task(example_inputs=inputs)).module(check_guards=False)
+    before = [*graph.graph.nodes]
+    x = as_inputs(torch.randn(3, 3, 8, 8))
+    module = model.get_submodule(changed)
+    with torch.no_grad(), torch.inference_mode(False):
+        plain = module(*captured_input(model, module, x.args[0]))
+        hook = module.register_forward_hook(lambda *call: coarse(call[-1]))
+        expected = model(*x.args)
+        hook.remove()
+    run = Kept(graph, x)
+    values = run.values
+    node = next(
+        node
+        for node in before
+        if isinstance(values.get(node), Tensor)
+        and values[node].shape == plain.shape
+        and torch.allclose(values[node], plain, atol=1e-6)
+    )
+    kept = {other: value.clone() for other, value in values.items() if isinstance(value, Tensor)}
+    found = run.replay({node.name: lambda value, _: coarse(value)}, dependents(graph, [node.name]))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, model(*x.args))
+    assert all(torch.equal(values[other], value) for other, value in kept.items())
+
+
+def captured_input(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    given: list[tuple[Tensor, ...]] = []
+    hook = module.register_forward_pre_hook(lambda _, args: given.append(args))
+    model(x)
+    hook.remove()
+    return given[0]

@@ -102,11 +102,9 @@ def costs(
         for start in range(0, min(batch.inputs.size, samples - seen), CHUNK):
             part = batch.inputs.part(start, min(start + CHUNK, samples - seen + start))
             target = part_of(batch.target, start, start + part.size)
-            with torch.no_grad():
-                kept = Kept(graph, part)
-                reference = pick(kept.result)
-                for name, overrides in changes.items():
-                    tallies[name].update(reference, pick(kept.replay(overrides, below[name])), target)
+            kept = Kept(graph, part)
+            for name, overrides in changes.items():
+                tallies[name].update(pick(kept.result), pick(kept.replay(overrides, below[name])), target)
             seen += part.size
             if seen >= samples or (deadline is not None and time.monotonic() > deadline):
                 return {name: tally.result() for name, tally in tallies.items()}
@@ -129,17 +127,21 @@ def dependents(graph: fx.GraphModule, changed: Iterable[str]) -> list[fx.Node]:
     return list(found)
 
 
-class Kept(fx.Interpreter):
-    """One run of a graph on some samples, with every value kept.
+class Kept:
+    """One run of a graph on some samples, with every value kept. Replays may go on side by side.
 
     Attributes:
+        values: Of each node.
         result: What the graph returned.
     """
 
     def __init__(self, graph: fx.GraphModule, inputs: Inputs) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self.extra_traceback = False
-        self.result = self.run(*flat(graph, inputs))
+        self.graph = graph
+        runner = fx.Interpreter(graph, garbage_collect_values=False)
+        runner.extra_traceback = False
+        with torch.no_grad():
+            self.result = runner.run(*flat(graph, inputs))
+        self.values = dict(runner.env)
 
     def replay(self, overrides: Mapping[str, Override], below: Sequence[fx.Node]) -> Any:
         """What the graph returns where some nodes have another value.
@@ -148,23 +150,20 @@ class Kept(fx.Interpreter):
             overrides: The other value of each changed node.
             below: `dependents` of these nodes.
         """
-        before = {node: self.env[node] for node in below if node in self.env}
+        runner = fx.Interpreter(self.graph, garbage_collect_values=False)
+        runner.extra_traceback = False
+        runner.env = dict(self.values)
         found = self.result
-        for node in below:
-            override = overrides.get(node.name)
-            if node.op == "output":
-                found = self.outputs(self.run_node(node))
-            elif override is None:
-                self.env[node] = self.run_node(node)
-            else:
-                self.env[node] = override(before[node], self.fetch_args_kwargs_from_env(node)[0])
-        self.env.update(before)
+        with torch.no_grad():  # a thread has its own
+            for node in below:
+                override = overrides.get(node.name)
+                if node.op == "output":
+                    found = self.graph.graph.process_outputs(runner.run_node(node))
+                elif override is None:
+                    runner.env[node] = runner.run_node(node)
+                else:
+                    runner.env[node] = override(self.values[node], runner.fetch_args_kwargs_from_env(node)[0])
         return found
-
-    def outputs(self, value: Any) -> Any:
-        """What an output node's value is to the caller."""
-        graph: Any = self.module.graph
-        return graph.process_outputs(value)
 
 
 def flat(graph: fx.GraphModule, inputs: Inputs) -> list[Any]:

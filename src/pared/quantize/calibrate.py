@@ -15,6 +15,7 @@ from torch import fx
 
 from pared.errors import DataError, QuantizeError
 from pared.graph.capture import owner
+from pared.sensitivity import flat
 from pared.step import Progress, silent
 from pared.task import Batch, Inputs
 
@@ -32,6 +33,7 @@ class Watcher(fx.Interpreter):
         self, graph: fx.GraphModule, observers: Mapping[str, Any], locks: Mapping[str, threading.Lock], first: int = 0
     ) -> None:
         super().__init__(graph)
+        self.graph_module = graph
         self.extra_traceback = False  # of PyTorch's, in the text of our errors
         self.observers = observers
         self.locks = locks
@@ -41,7 +43,7 @@ class Watcher(fx.Interpreter):
     def show(self, inputs: Inputs) -> None:
         """Run the graph on the inputs of one call."""
         self.samples = inputs.size
-        self.run(*arguments(self.module, inputs))
+        self.run(*flat(self.graph_module, inputs))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -63,11 +65,6 @@ def tell(observer: Any, value: Any, first: int, samples: int) -> None:
         observer.update_at(value, first, samples)
     else:
         observer.update(value)
-
-
-def arguments(graph: Any, inputs: Inputs) -> tuple[Any, ...]:
-    """The inputs of one call in the graph's own order: keyword arguments need not come in that of the example."""
-    return (*inputs.args, *(inputs.kwargs[name] for name in graph._in_spec.child(1).context))
 
 
 def calibrate(

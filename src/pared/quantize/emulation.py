@@ -20,6 +20,7 @@ from pared.measure.saturation import can_saturate
 from pared.quantize.folding import CONVOLUTIONS, LINEAR, tensor_of
 from pared.quantize.placement import behind
 from pared.quantize.saturation import convolution_sums, linear_sums
+from pared.sensitivity import flat
 from pared.task import Inputs
 
 QUANTIZE = "quantized_decomposed.quantize_per_tensor"
@@ -184,12 +185,12 @@ class Emulation(fx.Interpreter):
         targets = {node: only_target(node) for node in self.layers}
         self.targets = {node: target for node, target in targets.items() if target is not None}
         self.sums = {node: pair for node in graph.graph.nodes if (pair := addends(node)) is not None}
-        self.keywords: list[str] = graph._in_spec.child(1).context
+        self.graph_module = graph
 
     def __call__(self, inputs: Inputs) -> Any:
         """The program's output for the inputs of one call."""
         with torch.no_grad():
-            return self.run(*inputs.args, *(inputs.kwargs[name] for name in self.keywords))
+            return self.run(*flat(self.graph_module, inputs))
 
     def run_node(self, n: fx.Node) -> Any:
         """One operator: integer layers, additions and roundings in the runtime's way, the others in PyTorch's."""

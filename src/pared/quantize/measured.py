@@ -21,23 +21,22 @@ from torch import Tensor, fx
 
 from pared.activations import Histogram
 from pared.quantize.affine import Grid, fake_quantize, qparams_of_range
-from pared.quantize.calibrate import CHUNK, arguments, first_samples, one_core_each
+from pared.quantize.calibrate import CHUNK, first_samples, one_core_each
 from pared.quantize.coding import shared_ranges
 from pared.quantize.placement import Placement
 from pared.quantize.ranges import Auto, Range
+from pared.sensitivity import Kept, dependents, flat
 from pared.step import Context
-from pared.task import Inputs
 
 Change = Callable[[Tensor], Tensor]
-Values = dict[fx.Node, Any]
 Ranges = Mapping[str, Range]
 
 
-class Replay(fx.Interpreter):
-    """Runs a graph, or what is left of it, with some values changed on their way to their users."""
+class Changed(fx.Interpreter):
+    """Runs a graph with some values changed on their way to their users."""
 
-    def __init__(self, graph: fx.GraphModule, changes: Mapping[str, Change], *, keep: bool = False) -> None:
-        super().__init__(graph, garbage_collect_values=not keep)
+    def __init__(self, graph: fx.GraphModule, changes: Mapping[str, Change]) -> None:
+        super().__init__(graph)
         self.extra_traceback = False
         self.changes = changes
 
@@ -45,42 +44,6 @@ class Replay(fx.Interpreter):
         value = super().run_node(n)
         change = self.changes.get(n.name)
         return value if change is None else change(value)
-
-
-def recorded(graph: fx.GraphModule, inputs: Inputs) -> Values:
-    """The value of every node, in float, the output's too."""
-    with torch.no_grad():
-        replay = Replay(graph, {}, keep=True)
-        replay.run(*arguments(graph, inputs))
-    return dict(replay.env)
-
-
-def run_rest(graph: fx.GraphModule, values: Values, node: fx.Node, changed: Tensor) -> Any:
-    """The raw output with one node's value replaced: nodes that do not depend on it keep the values they had.
-
-    Args:
-        graph: The graph that was recorded; none of its operators writes into its arguments.
-        values: What `recorded` gave.
-        node: The node whose value changes.
-        changed: What it changes to.
-    """
-    depends = dependents(node)
-    known = {other: value for other, value in values.items() if other not in depends} | {node: changed}
-    with torch.no_grad():
-        output = Replay(graph, {}).run(initial_env=known, enable_io_processing=False)
-    return graph.graph.process_outputs(output)
-
-
-def dependents(node: fx.Node) -> set[fx.Node]:
-    """All nodes that a node's value reaches."""
-    found: set[fx.Node] = set()
-    waiting = list(node.users)
-    while waiting:
-        user = waiting.pop()
-        if user not in found:
-            found.add(user)
-            waiting.extend(user.users)
-    return found
 
 
 def find_ranges(
@@ -184,16 +147,16 @@ def measure_alone(
     )
     noise: dict[str, dict[str, float]] = {}
 
-    def cost(values: Values, part: int, name: str) -> dict[str, float] | None:
+    def cost(kept: Kept, part: int, name: str) -> dict[str, float] | None:
         if time.monotonic() > deadline:
             return None
-        return {kind: measure.one(values, part, name, ends) for kind, ends in distinct[name].items()}
+        return {kind: measure.one(kept, part, name, ends) for kind, ends in distinct[name].items()}
 
     for part in parts:
         if time.monotonic() > deadline:
             break
-        values = recorded(measure.graph, measure.parts[part])
-        for name, costs in zip(order, pool.map(functools.partial(cost, values, part), order), strict=True):
+        kept = Kept(measure.graph, measure.parts[part])
+        for name, costs in zip(order, pool.map(functools.partial(cost, kept, part), order), strict=True):
             if costs is not None:
                 noise[name] = {kind: noise.get(name, {}).get(kind, 0.0) + more for kind, more in costs.items()}
     return noise
@@ -217,8 +180,9 @@ class Measurement:
         batches = first_samples(ctx.task.batches("validation", 'QuantizeStatic(ranges="auto")'), samples)
         self.parts = [part for batch in batches for part in batch.inputs.chunks(CHUNK)]
         self.nodes = {node.name: node for node in graph.graph.nodes}
+        self.found: dict[str, list[fx.Node]] = {}
         with torch.no_grad():
-            self.floats = [ctx.task.pick(Replay(graph, {}).run(*arguments(graph, inputs))) for inputs in self.parts]
+            self.floats = [ctx.task.pick(Changed(graph, {}).run(*flat(graph, inputs))) for inputs in self.parts]
         self.signals = [sum_of_squares(output) for output in self.floats]
 
     def change(self, ends: Range) -> Change:
@@ -243,14 +207,21 @@ class Measurement:
             shared = shared_ranges(self.nodes, self.placement, ranges, self.scheme)
             changes = {name: self.change(shared[root]) for name, root in self.placement.tensors.items()}
             with torch.no_grad():
-                raw = Replay(self.graph, changes).run(*arguments(self.graph, self.parts[part]))
+                raw = Changed(self.graph, changes).run(*flat(self.graph, self.parts[part]))
             return sum_of_squares(self.task.pick(raw) - self.floats[part])
 
         return noise
 
-    def one(self, values: Values, part: int, name: str, ends: Range) -> float:
+    def below(self, name: str) -> list[fx.Node]:
+        """What depends on a tensor; every candidate and part asks again."""
+        if name not in self.found:
+            self.found[name] = dependents(self.graph, [name])
+        return self.found[name]
+
+    def one(self, kept: Kept, part: int, name: str, ends: Range) -> float:
         """Noise at the output with one tensor quantized."""
-        raw = run_rest(self.graph, values, self.nodes[name], self.change(ends)(values[self.nodes[name]]))
+        change = self.change(ends)
+        raw = kept.replay({name: lambda value, _: change(value)}, self.below(name))
         return sum_of_squares(self.task.pick(raw) - self.floats[part])
 
 
