@@ -30,6 +30,31 @@ Need = Literal["calibration", "train", "validation"]
 Saturating = Literal["no", "neighbours", "any"]
 
 
+# Operators that keep every value and only say anew where it stands; and all that move values or leave some out.
+RESHAPES = frozenset(
+    {
+        "aten.view",
+        "aten.reshape",
+        "aten._unsafe_view",
+        "aten.flatten",
+        "aten.unflatten",
+        "aten.transpose",
+        "aten.permute",
+        "aten.squeeze",
+        "aten.unsqueeze",
+    }
+)
+MOVES = RESHAPES | {
+    "aten.slice",
+    "aten.select",
+    "aten.chunk",
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.expand",
+    "getitem",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """One change of structure, as plain data.

@@ -17,7 +17,7 @@ from pared.quantize.emission import drop_unused_tensors
 from pared.quantize.folding import tensor_of
 from pared.quantize.placement import check_patterns, label, layer
 from pared.quantize.program import nothing_to_quantize, prepare
-from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+from pared.step import MOVES, Context, Edit, Need, Plan, Skip, settings, settings_of
 
 DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Casts = dict[tuple[fx.Node, torch.dtype], fx.Node]  # (value, type) -> the node that casts it
@@ -46,29 +46,7 @@ ELEMENTWISE = frozenset(
     }
 )
 # Only moves values: in the type that it is given.
-FOLLOWING = frozenset(
-    {
-        "aten.view",
-        "aten.reshape",
-        "aten._unsafe_view",
-        "aten.flatten",
-        "aten.unflatten",
-        "aten.transpose",
-        "aten.permute",
-        "aten.squeeze",
-        "aten.unsqueeze",
-        "aten.slice",
-        "aten.select",
-        "aten.expand",
-        "aten.chunk",
-        "aten.split",
-        "aten.split_with_sizes",
-        "aten.contiguous",
-        "aten.alias",
-        "aten.dropout",
-        "getitem",
-    }
-)
+FOLLOWING = MOVES | {"aten.contiguous", "aten.alias", "aten.dropout"}
 
 
 class Reach:

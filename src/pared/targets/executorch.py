@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
-from pared.step import Scheme
+from pared.step import MOVES, Scheme
 from pared.targets.sessions import OpenSession, not_installed, open_session
 
 if TYPE_CHECKING:
@@ -30,27 +30,7 @@ SCHEME = Scheme(
     # XNNPACK's quantized convolutions and fully connected layers write integers only.
     whole=LAYERS,
     joining=frozenset({"aten.add", "aten.mul", "aten.cat", "aten.clamp", "aten.mean", "aten.adaptive_avg_pool2d"}),
-    following=frozenset(
-        {
-            "aten.max_pool2d",
-            "aten.view",
-            "aten.reshape",
-            "aten._unsafe_view",
-            "aten.flatten",
-            "aten.unflatten",
-            "aten.transpose",
-            "aten.permute",
-            "aten.squeeze",
-            "aten.unsqueeze",
-            "aten.slice",
-            "aten.select",
-            "aten.chunk",
-            "aten.split",
-            "aten.split_with_sizes",
-            "aten.expand",
-            "getitem",
-        }
-    ),
+    following=MOVES | {"aten.max_pool2d"},
     # A clamp by other bounds than ReLU's or ReLU6's is an operator of its own.
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh"}),
     # Its concatenation copies bytes, so all sides must mean the same by them.

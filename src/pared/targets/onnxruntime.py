@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
-from pared.step import Scheme
+from pared.step import MOVES, Scheme
 from pared.targets.sessions import OpenSession, open_session
 
 if TYPE_CHECKING:
@@ -29,27 +29,7 @@ SCHEME = Scheme(
     # QLinearConv writes integers only; QGemm and MatMulIntegerToFloat can write float.
     whole=frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     joining=frozenset({"aten.add", "aten.mul", "aten.cat", "aten.sigmoid", "aten.avg_pool2d"}),
-    following=frozenset(
-        {
-            "aten.max_pool2d",
-            "aten.view",
-            "aten.reshape",
-            "aten._unsafe_view",
-            "aten.flatten",
-            "aten.unflatten",
-            "aten.transpose",
-            "aten.permute",
-            "aten.squeeze",
-            "aten.unsqueeze",
-            "aten.slice",
-            "aten.select",
-            "aten.chunk",
-            "aten.split",
-            "aten.split_with_sizes",
-            "aten.expand",
-            "getitem",
-        }
-    ),
+    following=MOVES | {"aten.max_pool2d"},
     absorbed=frozenset({"aten.relu", "aten.relu6", "aten.hardtanh", "aten.clamp"}),
     saturating="neighbours",
     halves=frozenset({"float16", "bfloat16"}),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pared.errors import TargetError
-from pared.step import Scheme
+from pared.step import RESHAPES, Scheme
 from pared.targets.sessions import OpenSession, not_installed, open_session
 
 if TYPE_CHECKING:
@@ -32,20 +32,7 @@ SCHEME = Scheme(
     # two would part them. The other side of a residual add is quantized, where it feeds a layer.
     whole=frozenset(),
     joining=frozenset(),
-    following=frozenset(
-        {
-            "aten.max_pool2d",
-            "aten.view",
-            "aten.reshape",
-            "aten._unsafe_view",
-            "aten.flatten",
-            "aten.unflatten",
-            "aten.transpose",
-            "aten.permute",
-            "aten.squeeze",
-            "aten.unsqueeze",
-        }
-    ),
+    following=RESHAPES | {"aten.max_pool2d"},
     # It takes clips into the layer before them as they are; saturation could not do their work, for it is symmetric.
     absorbed=frozenset(),
     bias_dtype="float32",
