@@ -24,6 +24,7 @@ from pared.recipe import Budget, TimingSettings
 from pared.step import Context
 from pared.targets.executorch import ExecuTorch, check_integers_delegated
 from pared.task import Task
+from user_traces import traces_in
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
@@ -135,6 +136,11 @@ def test_sessions_go_on_when_another_one_changes_the_number_of_threads(exported:
 
 
 @needs_executorch
+@pytest.mark.parametrize(("pattern", "quantized"), QUICK)
+def test_export_carries_no_path_and_no_source(exported: Callable[..., Exported], pattern: str, quantized: bool) -> None:
+    assert traces_in(exported(pattern, quantized=quantized).file.parent.iterdir()) == []
+
+
 def test_session_refuses_when_the_file_is_damaged_or_alone(exported: Callable[..., Exported], tmp_path: Path) -> None:
     made = exported("conv_bn_relu", quantized=False)
     alone = tmp_path / "model.pte"

@@ -29,6 +29,7 @@ from pared.targets.onnxruntime import to_onnx
 from pared.targets.tensorrt import TensorRt, build, largest_sizes, linear_as_convolution, name_nodes
 from pared.targets.tensorrt_session import why_not_here
 from pared.task import Task
+from user_traces import traces_in
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None,
@@ -78,6 +79,12 @@ def test_engines_are_built_for_every_architecture_when_there_is_no_gpu(
     assert written["inputs"] == [
         {"name": written["inputs"][0]["name"], "shape": ["batch", 3, 8, 8], "dtype": "float32"}
     ]
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("integers", [False, True])
+def test_engines_carry_no_path_and_no_source(notes: Callable[[str, bool], dict[str, Any]], integers: bool) -> None:
+    assert traces_in(notes("residual_add", integers)["folder"].iterdir()) == []
 
 
 @needs_tensorrt
