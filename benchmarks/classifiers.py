@@ -35,6 +35,7 @@ from pared.data.images import parquet_images
 from pared.errors import ParedError
 from pared.measure.environment import version_of
 from pared.measure.fidelity import Comparison
+from pared.measure.processor import saturates_here
 from pared.measure.worker import peak_bytes
 
 FOLDERS = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
@@ -97,7 +98,7 @@ def make_pared(model: nn.Module, x: Tensor, file: Path) -> dict[str, Any]:
     stage = Stage(
         key="", model=program, floating=model, plan=plan, file=file, output=output_index(model, task), facts={}
     )
-    agreement = parity(target.open(file, threads=1), stage, model, shown)
+    agreement = parity(target.open(file, threads=1), stage, model, shown, target)
     return {
         "seconds": seconds,
         "changed": len(plan.edits),
@@ -120,7 +121,7 @@ def make_float(model: nn.Module, x: Tensor, file: Path) -> None:
 
 
 def make_onnxruntime(model: nn.Module, x: Tensor, file: Path) -> dict[str, Any]:
-    """Export, pre-process, MinMax: per channel, unsigned activations and signed weights, as it advises for x86."""
+    """Export, pre-process, MinMax: per channel, signed weights, of 7 bits without VNNI, as it advises for x86."""
     import onnxruntime
     from onnxruntime import quantization as ort
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -147,6 +148,7 @@ def make_onnxruntime(model: nn.Module, x: Tensor, file: Path) -> dict[str, Any]:
         activation_type=ort.QuantType.QUInt8,
         weight_type=ort.QuantType.QInt8,
         calibrate_method=ort.CalibrationMethod.MinMax,
+        reduce_range=saturates_here() is not False,
     )
     return {"seconds": time.perf_counter() - start}
 

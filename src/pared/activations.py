@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from pared.errors import DataError
 from pared.graph.capture import operator
 
+PART = 2**18
 EXACT = 2.0**-100, 1.0  # widths of bins by which float32 numbers of any size divide without rounding
 
 
@@ -78,12 +79,13 @@ class Histogram:
             self.counts[self.bins // 2] += x.numel()  # zeros lie in this bin, whatever the width will be
             self.zeros += x.numel()
             return
-        x = x.detach().flatten().float()
-        self.zeros += x.numel() - int(np.count_nonzero(x.numpy()))  # PyTorch's own takes ten times as long
-        # The width is a power of two, so that float32 divides exactly, except where a quotient is too small for it.
-        scaled = x * (1 / self.width) if EXACT[0] <= self.width <= EXACT[1] else x.double() / self.width
-        index = scaled.floor_().add_(self.bins // 2).to(torch.int16 if self.bins <= 2**15 else torch.int64)
-        self.counts += torch.bincount(index, minlength=self.bins)
+        # In parts that stay in the cache from one operator to the next.
+        for part in torch.split(x.detach().flatten().float(), PART):
+            self.zeros += part.numel() - int(np.count_nonzero(part.numpy()))  # PyTorch's own takes ten times as long
+            # The width is a power of two: float32 divides exactly, except where a quotient is too small for it.
+            scaled = part * (1 / self.width) if EXACT[0] <= self.width <= EXACT[1] else part.double() / self.width
+            index = scaled.floor_().add_(self.bins // 2).to(torch.int16 if self.bins <= 2**15 else torch.int64)
+            self.counts += torch.bincount(index, minlength=self.bins)
 
     def widen(self, reach: float) -> None:
         """Make the window hold [-reach, reach], merging pairs of bins where it must grow."""

@@ -12,6 +12,7 @@
     │   └── ArtifactError      an artifact or output folder is missing, in use, damaged or not trusted
     ├── TrainError             training stopped: the loss is not finite, a process died
     ├── TargetError            a runtime is missing, or refuses the exported file
+    │   ├── RefusedError       it does not run certain layers as planned; names them
     │   └── ParityError        the exported file and its own PyTorch model disagree
     └── MeasureError           a measurement failed: the worker process died or timed out
 
@@ -76,6 +77,18 @@ class TrainError(ParedError):
 
 class TargetError(ParedError):
     """A runtime is missing or refuses a file."""
+
+
+class RefusedError(TargetError):
+    """A runtime does not run certain layers as they were planned.
+
+    Attributes:
+        layers: Dotted names of their modules; kept as they are, they would not stand in the way.
+    """
+
+    def __init__(self, message: str, layers: Iterable[str]) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
 
 
 class ParityError(TargetError):

@@ -149,6 +149,7 @@ class Scheme:
         computed_halves: Of these, what the runtime also has operators in.
         least_inputs: Fewest input channels of a convolution that the runtime computes rightly in integers.
         dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
+        dynamic_rows: True where it then gives each row a scale and a zero point of its own, whatever it is told.
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
@@ -169,6 +170,7 @@ class Scheme:
     halves: frozenset[str] = frozenset()
     computed_halves: frozenset[str] = frozenset()
     dynamic: frozenset[str] = frozenset()
+    dynamic_rows: bool = False
     least_inputs: int = 1
     norms_as_convolutions: bool = False
 
@@ -205,7 +207,13 @@ class Target(Protocol):
         """Name of the exported file inside an artifact."""
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
-        """Write `model` to `path` for this runtime. Raises: TargetError, CaptureError."""
+        """Write `model` to `path` for this runtime.
+
+        Raises:
+            CaptureError: The model cannot be captured.
+            TargetError: It cannot be written for this runtime.
+            RefusedError: It could be, were it not for certain layers.
+        """
 
     def open(self, path: Path, *, threads: int) -> Session:
         """The file, ready to run. Raises: TargetError."""
@@ -232,6 +240,7 @@ class Context:
         dense: The model as it came in; the default teacher. Never changed.
         seed: Seed of everything random.
         history: Plans of the steps kept so far, oldest first.
+        refused: Modules that the runtime refused as this step first planned them: to be left as they are, and listed.
         deadline: `time.monotonic()` at which searches should stop, or None.
         dry: True when only planning: nothing expensive, estimates marked.
         progress: Told how far long work is.
@@ -244,6 +253,7 @@ class Context:
     dense: nn.Module
     seed: int = 0
     history: tuple[Plan, ...] = ()
+    refused: tuple[str, ...] = ()
     deadline: float | None = None
     dry: bool = False
     progress: Progress = silent

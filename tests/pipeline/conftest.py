@@ -23,6 +23,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> FastTarget:
     monkeypatch.setattr("pared.pipeline.run.count", lambda *_: [])
     Changing.calls.clear()
     Changing.histories.clear()
+    Changing.refused.clear()
     return made
 
 

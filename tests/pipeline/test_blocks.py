@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import pared
-from fake_pipeline import Change, Changing, Net, Tune, level, make_task
-from pared.errors import MeasureError, UsageError
+from fake_pipeline import Change, Changing, FastTarget, Net, Tune, level, make_task
+from pared.errors import MeasureError, RefusedError, UsageError
 
 Compress = Callable[..., pared.Artifact]
 
@@ -167,6 +167,42 @@ def test_there_is_fidelity_but_no_metric_when_the_task_has_example_inputs_alone(
     assert row.metrics == {}
     assert row.fidelity is not None and row.fidelity.max_abs == pytest.approx(1.0, abs=1e-4)
     assert row.parity is not None and row.parity.max_abs == 0.0
+
+
+@pytest.mark.parametrize(("again", "planned"), [((), [(), ("a",)]), (("a", "b"), [(), ("a",), ("a", "b")])])
+def test_a_step_plans_anew_when_the_runtime_refuses_layers(
+    compress: Compress,
+    target: FastTarget,
+    monkeypatch: pytest.MonkeyPatch,
+    again: tuple[str, ...],
+    planned: list[tuple[str, ...]],
+) -> None:
+    refusals, export = [("a",), again], target.export
+
+    def picky(model: Any, task: Any, path: Path) -> None:
+        if Changing.refused and refusals and (layers := refusals.pop(0)):
+            raise RefusedError("cannot run them", layers)
+        export(model, task, path)
+
+    monkeypatch.setattr(target, "export", picky)
+    assert compress(Change(ms=0.5)).report.stages[1].kept
+    assert Changing.refused == planned
+
+
+def test_a_run_stops_when_the_runtime_refuses_layers_that_were_left_alone(
+    compress: Compress, target: FastTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = target.export
+
+    def picky(model: Any, task: Any, path: Path) -> None:
+        if Changing.refused:
+            raise RefusedError("cannot run them", ["a"])
+        export(model, task, path)
+
+    monkeypatch.setattr(target, "export", picky)
+    with pytest.raises(RefusedError, match="cannot run them"):
+        compress(Change(ms=0.5))
+    assert Changing.refused == [(), ("a",)]
 
 
 def test_an_error_carries_the_steps_number_and_name_when_a_step_fails(

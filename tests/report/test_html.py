@@ -64,6 +64,16 @@ def test_page_holds_every_section_when_the_run_is_complete(sample: Report) -> No
         assert words in text
 
 
+def test_navigation_leads_to_every_section_that_is_there(sample: Report) -> None:
+    bare = dataclasses.replace(sample, stages=tuple(dataclasses.replace(s, sensitivity=()) for s in sample.stages))
+    for report, costs in ((sample, True), (bare, False)):
+        tags = Outline(page(report)).tags
+        links = [found["href"] for tag, found in tags if tag == "a" and (found["href"] or "").startswith("#")]
+        headings = [f"#{found['id']}" for tag, found in tags if tag == "h2" and "id" in found]
+        assert [link for link in links if link != "#main"] == headings
+        assert ("#fragile" in links) == costs
+
+
 def test_page_lists_every_layer_and_every_skip_when_there_are_many(sample: Report) -> None:
     text = Outline(page(sample)).text
     for stage in sample.stages:

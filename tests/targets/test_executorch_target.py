@@ -3,6 +3,7 @@ integers where the plan says so."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -18,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 import pared
 from contract_cases import batch_of, model_and_task
-from pared.errors import TargetError
+from pared.errors import PlanError, RefusedError, TargetError
 from pared.quantize.static import QuantizeStatic
 from pared.recipe import Budget, TimingSettings
-from pared.step import Context
-from pared.targets.executorch import ExecuTorch, check_integers_delegated
+from pared.step import Context, Skip
+from pared.targets.executorch import ExecuTorch
 from pared.task import Task
 from user_traces import traces_in
 
@@ -164,16 +165,61 @@ def test_export_says_what_to_install_when_executorch_is_missing(
         ExecuTorch().export(model, task, tmp_path / "model.pte")
 
 
-def test_integer_layers_are_refused_when_xnnpack_leaves_them() -> None:
-    graph = torch.fx.Graph()
-    x = graph.placeholder("x")
-    read = graph.call_function(
-        torch.ops.quantized_decomposed.dequantize_per_tensor.default, (x, 1.0, 0, 0, 1, torch.int8)
-    )
-    layer = graph.call_function(torch.ops.aten.linear.default, (read, read))
-    with pytest.raises(TargetError, match=r"XNNPACK does not take the integer layer linear.*exclude="):
-        check_integers_delegated([("linear", layer)])
-    check_integers_delegated([("view_copy", layer)])
+@needs_executorch
+def test_layers_quantize_their_input_at_run_time_each_row_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).eval()
+    task = Task(example_inputs=(torch.randn(2, 5, 64),))
+    ctx = Context(task=task, target=ExecuTorch(), work=tmp_path, dense=model)
+    step = pared.QuantizeDynamic()
+    program = step.apply(model, step.plan(model, ctx), ctx)
+    files = {}
+    for name, made in (("float", model), ("dynamic", program)):
+        files[name] = tmp_path / f"{name}.pte"
+        ExecuTorch().export(made, task, files[name])
+        assert json.loads(files[name].with_suffix(".json").read_text(encoding="utf8"))["not_delegated"] == {}
+    # The weights are nearly all of the file: a quarter of their size, and some kilobytes of program.
+    assert files["dynamic"].stat().st_size < files["float"].stat().st_size / 4 + 8192
+    x = torch.randn(7, 5, 64) * torch.logspace(-3, 3, 5)[:, None]  # rows of very different size
+    (found,) = ExecuTorch().open(files["dynamic"], threads=1).run([x.numpy()])
+    with torch.no_grad():
+        exact, expected = model(x).numpy(), program(x).numpy()
+    size = np.square(exact).sum(-1)
+    # Each row for itself: 8 bits leave 0.5 % of it or so, were it a thousandth of its neighbours.
+    assert np.all(np.square(found - exact).sum(-1) < 2e-4 * size)
+    assert np.square(found - expected).sum() < 2e-5 * size.sum()
+    with pytest.raises(PlanError, match=r"activations='per_tensor'.*executorch gives each row"):
+        pared.QuantizeDynamic(activations="per_tensor").plan(model, ctx)
+
+
+@needs_executorch
+def test_layers_are_named_and_stay_in_float_when_xnnpack_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executorch.backends.xnnpack.partition import config as configs
+    from executorch.backends.xnnpack.partition import xnnpack_partitioner
+
+    products = {configs.LinearConfig, configs.AddmmConfig, configs.MMConfig}
+    others = [kind for kind in configs.ALL_PARTITIONER_CONFIGS if kind not in products]
+    monkeypatch.setattr(xnnpack_partitioner, "ALL_PARTITIONER_CONFIGS", others)
+    model, task = model_and_task("conv_bn_relu")
+    ctx = Context(task=task, target=ExecuTorch(), work=tmp_path, dense=model)
+    step = QuantizeStatic()
+    program = step.apply(model, step.plan(model, ctx), ctx)
+    with pytest.raises(RefusedError, match=r"does not take the integer layers 2\.2, .*exclude=\['2\.2'\]") as caught:
+        ExecuTorch().export(program, task, tmp_path / "model.pte")
+    assert caught.value.layers == ("2.2",)
+
+    ctx = dataclasses.replace(ctx, refused=caught.value.layers)
+    plan = step.plan(model, ctx)
+    assert Skip("2.2", "the runtime does not take it in integers: kept in float") in plan.skips
+    assert [edit.module for edit in plan.edits] == ["0.0", "1.0"]
+    program = step.apply(model, plan, ctx)
+    ExecuTorch().export(program, task, tmp_path / "model.pte")
+    # Replayed from the plan alone, it leaves the same layer alone.
+    replayed = step.apply(model, plan, dataclasses.replace(ctx, refused=(), memo={}))
+    x = task.example_inputs.args
+    assert torch.equal(replayed(*x), program(*x))
 
 
 @needs_executorch

@@ -222,6 +222,28 @@ def test_export_keeps_integer_weights_and_float_weights_as_they_are() -> None:
 TRACES = ["site-packages", "stack_trace", 'File "', r"\.py\b", "/home/", "pkg.torch"]
 
 
+@pytest.mark.parametrize("settings", [{}, {"bits": 8, "group_size": None}, {"bits": 3, "symmetric": True}], ids=str)
+def test_weights_alone_stay_integers_in_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).eval()
+    task = Task(example_inputs=(torch.randn(2, 128),))
+    context = Context(task=task, target=TARGET, work=tmp_path, dense=model)
+    step = pared.QuantizeWeights(method="nearest", **settings)
+    program = step.apply(model, step.plan(model, context), context)
+    sizes = {}
+    for name, made in (("float", model), ("integers", program)):
+        (tmp_path / name).mkdir()
+        TARGET.export(made, task, tmp_path / name / "model.xml")
+        sizes[name] = (tmp_path / name / "model.bin").stat().st_size
+    # A nibble or a byte a weight, a scale of 32 bits and a zero point a group or a channel; biases stay as they are.
+    assert sizes["integers"] < sizes["float"] * (0.28 if settings.get("bits") == 8 else 0.17)
+    x = torch.randn(7, 128)
+    with torch.no_grad():
+        expected = program(x).numpy()
+    (found,) = TARGET.open(tmp_path / "integers" / "model.xml", threads=1).run([x.numpy()])
+    assert decibels([expected], [found]) > 100
+
+
 def test_export_carries_no_path_and_no_source() -> None:
     made = zoo("residual_add")
     for file in [*files_of("openvino", made.file), *files_of("openvino", made.float_file)]:

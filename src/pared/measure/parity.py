@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pared.errors import ParityError
 from pared.report.data import Agreement
 
@@ -14,9 +16,16 @@ FLOAT_FLOOR_DB = 60.0
 QUANTUM_FLOOR_DB = 40.0
 # Repairs take back what quantization shifts, not what the last bit flips: the flips may be twice the power of the cost.
 SLACK_DB = 3.0
+UNKNOWN = "compare the outputs of single layers to find the operator that the runtime computes differently"
 
 
-def check_parity(agreement: Agreement, *, floor_db: float = FLOAT_FLOOR_DB, where: str) -> None:
+def check_parity(
+    agreement: Agreement,
+    *,
+    floor_db: float = FLOAT_FLOOR_DB,
+    where: str,
+    parted: Callable[[], str] = lambda: "",
+) -> None:
     """Raise `ParityError` where a file is further from its own PyTorch model than rounding explains.
 
     Args:
@@ -24,6 +33,7 @@ def check_parity(agreement: Agreement, *, floor_db: float = FLOAT_FLOOR_DB, wher
         floor_db: Least SQNR in dB. An integer file needs a lower one than a float file: where a value lies on the
             border of two quanta, a difference in the last bit becomes a whole quantum.
         where: The stage, for the message.
+        parted: Asked only then: a clause that names the layer where the two part, or "" where none is to be found.
     """
     if agreement.sqnr_db is None or agreement.sqnr_db >= floor_db:
         return
@@ -31,6 +41,5 @@ def check_parity(agreement: Agreement, *, floor_db: float = FLOAT_FLOOR_DB, wher
     raise ParityError(
         f"{where}: the exported file and its PyTorch model disagree: SQNR {agreement.sqnr_db:.1f} dB where at least "
         f"{floor_db:.1f} dB is expected (largest difference {agreement.max_abs:.3g}{same}); "
-        "the file is not what was measured in PyTorch, so the run stops here. "
-        "Compare the outputs of single layers to find the operator that the runtime computes differently"
+        f"the file is not what was measured in PyTorch, so the run stops here; {parted() or UNKNOWN}"
     )

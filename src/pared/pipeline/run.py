@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from pared.artifact import MANIFEST, TENSORS, Artifact, open_artifact, read_manifest, write_artifact
+from pared.errors import RefusedError
 from pared.graph.capture import capture
 from pared.graph.counts import LayerCount, count
 from pared.measure.environment import environment, usable_cores
@@ -152,6 +153,7 @@ class Run:
         """The stage after a step: from the workspace where it is finished, else planned, applied, exported, checked."""
         key = next_key(before.key, step)
         folder = self.space.stage(key)
+        seed_all(self.task, self.seed, number)
         ctx = Context(
             task=self.task,
             target=self.target,
@@ -161,30 +163,30 @@ class Run:
             history=history,
             progress=self.progress,
         )
-        seed_all(self.task, self.seed, number)
+        file = folder / self.target.filename
         found = read_stage(folder)
+        if found is not None:
+            plan, facts = found
+            model = self.replay(before.model, step, plan, ctx, folder)
+            return after(before, key, model, plan, file, facts), plan
         start = time.monotonic()
-        if found is None:
+        while True:
             plan = step.plan(before.model, ctx)
             model = step.apply(before.model, plan, ctx)
-        else:
-            plan = found[0]
-            model = self.replay(before.model, step, plan, ctx, folder)
-        quantizes = any(edit.kind == "quantize" for edit in plan.edits)
-        stage = Stage(
-            key=key,
-            model=model,
-            floating=before.floating if quantizes else model,
-            plan=plan,
-            file=folder / self.target.filename,
-            output=before.output,
-            facts={"seconds": time.monotonic() - start} if found is None else found[1],
-        )
-        if found is None:
-            if not quantizes:
+            stage = after(before, key, model, plan, file, {"seconds": time.monotonic() - start})
+            if stage.floating is model:
                 write_file(folder / TENSORS, save(snapshot(model)))
-            finish_stage(stage, before.model, baseline.file, self.task, self.target, self.threads)
-        return stage, plan
+            try:
+                finish_stage(stage, before.model, baseline.file, self.task, self.target, self.threads)
+            except RefusedError as error:
+                # Once more without the layers that the runtime does not take, unless that has been tried already.
+                refused = tuple(layer for layer in error.layers if layer not in ctx.refused)
+                if not refused:
+                    raise
+                ctx = dataclasses.replace(ctx, refused=(*ctx.refused, *refused))
+                seed_all(self.task, self.seed, number)
+            else:
+                return stage, plan
 
     def replay(self, before: nn.Module, step: Step, plan: Plan, ctx: Context, folder: Path) -> nn.Module:
         """The model of a finished stage: its edits on the model before, then its tensors."""
@@ -335,6 +337,13 @@ class Run:
         if self.missing:
             return {"not_run": self.missing} | summary_of(self.target.name, file)
         return dict(self.target.open(file, threads=self.threads).options)
+
+
+def after(before: Stage, key: str, model: nn.Module, plan: Plan, file: Path, facts: dict[str, Any]) -> Stage:
+    """The stage that a step makes of the one before."""
+    quantizes = any(edit.kind == "quantize" for edit in plan.edits)
+    floating = before.floating if quantizes else model
+    return Stage(key=key, model=model, floating=floating, plan=plan, file=file, output=before.output, facts=facts)
 
 
 def layer_costs(plan: Plan | None) -> tuple[report.LayerCost, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pared.identity import identity
 from pared.measure.fidelity import Comparison
 from pared.measure.parity import FLOAT_FLOOR_DB, QUANTUM_FLOOR_DB, SLACK_DB, check_parity
 from pared.metrics import Metric
+from pared.pipeline.parting import where_they_part
 from pared.pipeline.without_vnni import emulate_without_vnni
 from pared.pipeline.workspace import write_json
 from pared.report.data import Agreement, Layer, WithoutVnni, finite
@@ -120,7 +122,7 @@ def fidelity_and_metrics(
     return comparison.result(), measured
 
 
-def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task) -> Agreement:
+def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task, target: Target) -> Agreement:
     """The file against its own PyTorch model, judged.
 
     A float file must reach FLOAT_FLOOR_DB. Rounding to integers is chaotic: a difference in the last bit of an
@@ -130,7 +132,7 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
     beyond that, something else than rounding is at work.
 
     Raises:
-        ParityError: The file is further off.
+        ParityError: The file is further off; names the layer where the two part.
     """
     own, cost = Comparison(), Comparison()
     predict = runner(session, stage.output)
@@ -150,7 +152,9 @@ def parity(session: Session, stage: Stage, before: nn.Module | None, task: Task)
         own_cost = cost.result().sqnr_db
         floor = min(math.inf if own_cost is None else own_cost - SLACK_DB, QUANTUM_FLOOR_DB)
     found = own.result()
-    check_parity(found, floor_db=floor, where=stage.plan.step if stage.plan else "baseline")
+    name = stage.plan.step if stage.plan else "baseline"
+    parted = functools.partial(where_they_part, stage.model, task, target, batch.inputs, floor)
+    check_parity(found, floor_db=floor, where=name, parted=parted)
     return found
 
 
@@ -166,7 +170,7 @@ def finish_stage(
     facts: dict[str, Any] = {"parity": None, "fidelity": None, "metrics": {}, "without_vnni": None}
     if not why_not_here(target.name):
         session = target.open(stage.file, threads=threads)
-        facts["parity"] = dataclasses.asdict(parity(session, stage, before, task))
+        facts["parity"] = dataclasses.asdict(parity(session, stage, before, task, target))
         reference = target.open(baseline, threads=threads)
         fidelity, facts["metrics"] = fidelity_and_metrics(session, reference, task, stage.output, task.metrics)
         facts["fidelity"] = dataclasses.asdict(fidelity)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from operator import getitem as operator_getitem
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -28,14 +30,17 @@ TINY = float(torch.finfo(torch.float32).tiny)
 WEIGHTS = grid(bits=8, signed=True, symmetric=True)
 ACTIVATIONS = grid(bits=8, signed=False, symmetric=False)
 SMALLEST_TABLE = 2**16  # weights of an embedding
+ROWS = grid(bits=8, signed=True, symmetric=False)
 Granularity = Literal["per_tensor", "per_channel"]
+Quantized = tuple[fx.Node, fx.Node | None]
 
 
 class Stored(NamedTuple):
-    """Nodes that read a quantized weight and the scales of its rows."""
+    """Nodes that read a quantized weight, its rows' scales, and their zero points where the runtime wants them."""
 
     values: fx.Node
     scale: fx.Node
+    zero_point: fx.Node | None
 
 
 @settings
@@ -68,9 +73,9 @@ class QuantizeDynamic:
     activations: Annotated[
         Literal["per_row", "per_tensor"],
         pydantic.Field(
-            description="per_row divides each row (each token) by its largest absolute value before the tensor is "
-            "quantized, and multiplies the layer's output by it: large rows then cost small ones nothing. per_tensor "
-            "does not."
+            description="per_row makes large rows (tokens) cost small ones nothing: each gets a scale of its own "
+            "where the runtime can do that, else is divided by its largest absolute value before the tensor is "
+            "quantized, and the layer's output multiplied by it. per_tensor does not."
         ),
     ] = "per_row"
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
@@ -85,6 +90,11 @@ class QuantizeDynamic:
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the layers. Raises: PlanError, CaptureError, ModelError."""
+        if ctx.target.scheme.dynamic_rows and self.activations == "per_tensor":
+            raise PlanError(
+                f"QuantizeDynamic(activations='per_tensor'): {ctx.target.name} gives each row a scale of its own; "
+                "leave activations at 'per_row'"
+            )
         graph, folded, idle = prepared(model, ctx)
         layers, skips = choose(graph, ctx, self.include, self.exclude)
         if not layers:
@@ -104,7 +114,8 @@ class QuantizeDynamic:
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The quantized program. Raises: QuantizeError where the plan does not fit the model."""
         graph, _, _ = prepared(model, ctx)
-        emit_dynamic(graph, [edit.detail["node"] for edit in plan.edits], self, any_cpu=plan.facts["any_cpu"])
+        names = [edit.detail["node"] for edit in plan.edits]
+        emit_dynamic(graph, names, self, ctx.target.scheme, any_cpu=plan.facts["any_cpu"])
         return graph
 
 
@@ -183,13 +194,16 @@ def unnamed(name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> st
     return None if excluded is None else f"excluded by {excluded!r}"
 
 
-def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic, *, any_cpu: bool) -> None:
+def emit_dynamic(
+    graph: fx.GraphModule, names: list[str], step: QuantizeDynamic, scheme: Scheme, *, any_cpu: bool
+) -> None:
     """Write the quantization into the graph, in place.
 
     Args:
         graph: The prepared graph.
         names: Nodes of the layers.
         step: The settings.
+        scheme: The runtime's rules.
         any_cpu: Keep the weights of linear layers so small that their products saturate on no processor.
 
     Raises:
@@ -202,7 +216,8 @@ def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic,
             f"the model has no node {missing}; the plan belongs to another model or version: plan again"
         )
     stored: dict[str, Stored] = {}
-    inputs: dict[fx.Node, tuple[fx.Node, fx.Node | None]] = {}
+    inputs: dict[fx.Node, Quantized] = {}
+    emit = emit_rows if scheme.dynamic_rows else functools.partial(emit_tensor, rows=step.activations == "per_row")
     multiplied = {str(weight_of(nodes[name]).target) for name in names if operator(nodes[name]) == LINEAR}
     for name in names:
         node, weight = nodes[name], weight_of(nodes[name])
@@ -210,11 +225,13 @@ def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic,
             # A table that embeddings alone read is multiplied with nothing; one tied to a layer is, and goes first.
             safe = any_cpu and str(weight.target) in multiplied
             with graph.graph.inserting_before(node):
-                stored[str(weight.target)] = emit_weight(graph, node, tensor_of(graph, weight), step, safe=safe)
+                values = tensor_of(graph, weight)
+                zeros = scheme.weight_zero_points
+                stored[str(weight.target)] = emit_weight(graph, node, values, step, safe=safe, zeros=zeros)
         if operator(node) == EMBEDDING:
             emit_embedding(graph, node, stored[str(weight.target)])
         else:
-            emit_linear(graph, node, stored[str(weight.target)], inputs, rows=step.activations == "per_row")
+            emit_linear(graph, node, stored[str(weight.target)], inputs, emit)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
@@ -222,7 +239,9 @@ def emit_dynamic(graph: fx.GraphModule, names: list[str], step: QuantizeDynamic,
     drop_unused_tensors(graph)
 
 
-def emit_weight(graph: fx.GraphModule, node: fx.Node, weight: Tensor, step: QuantizeDynamic, *, safe: bool) -> Stored:
+def emit_weight(
+    graph: fx.GraphModule, node: fx.Node, weight: Tensor, step: QuantizeDynamic, *, safe: bool, zeros: bool
+) -> Stored:
     """Integers and scales of a weight: one scale for each row, all equal where one serves the tensor."""
     numbers = grid(bits=step.bits, signed=True, symmetric=True)
     qparams = choose_qparams(weight, numbers, symmetric=True, axis=0 if step.weights == "per_channel" else None)
@@ -232,7 +251,12 @@ def emit_weight(graph: fx.GraphModule, node: fx.Node, weight: Tensor, step: Quan
         scale = scale if step.weights == "per_channel" else scale.max().expand(weight.shape[0]).contiguous()
     column = QParams(scale.double().reshape(-1, 1), qparams.zero_point.new_zeros(()))
     values = store(graph, f"{node.name}_weight", quantize(weight.double(), column, numbers))
-    return Stored(values, store(graph, f"{node.name}_weight_scale", scale))
+    zero_point = torch.zeros(len(scale), dtype=torch.int64)
+    return Stored(
+        values,
+        store(graph, f"{node.name}_weight_scale", scale),
+        store(graph, f"{node.name}_weight_zero_point", zero_point) if zeros else None,
+    )
 
 
 def emit_embedding(graph: fx.GraphModule, node: fx.Node, weight: Stored) -> None:
@@ -250,22 +274,22 @@ def emit_linear(
     graph: fx.GraphModule,
     node: fx.Node,
     weight: Stored,
-    inputs: dict[fx.Node, tuple[fx.Node, fx.Node | None]],
-    *,
-    rows: bool,
+    inputs: dict[fx.Node, Quantized],
+    emit: Callable[[fx.GraphModule, fx.Node], Quantized],
 ) -> None:
     """Quantize the input at run time, once for all layers that read it, and give the layer its integer weight."""
     if not isinstance(node.args[0], fx.Node):
         raise QuantizeError(f"{node.name}: its input is not a tensor of the graph; plan again")
     x = behind(node.args[0])
     if x not in inputs:
-        inputs[x] = emit_input(graph, x, rows=rows)
+        inputs[x] = emit(graph, x)
     quantized, largest = inputs[x]
     bias = node.args[2] if len(node.args) > 2 else None
     aten, low, high, dtype = torch.ops.aten, *WEIGHTS
     with graph.graph.inserting_before(node):
         call = graph.graph.call_function
-        real = call(OPERATORS.dequantize_per_channel.default, (weight.values, weight.scale, None, 0, low, high, dtype))
+        read = (weight.values, weight.scale, weight.zero_point)
+        real = call(OPERATORS.dequantize_per_channel.default, (*read, 0, low, high, dtype))
         if largest is None:
             node.args = (quantized, real, bias)
             return
@@ -274,8 +298,23 @@ def emit_linear(
     node.replace_all_uses_with(out)
 
 
-def emit_input(graph: fx.GraphModule, x: fx.Node, *, rows: bool) -> tuple[fx.Node, fx.Node | None]:
-    """What stands for `x` in integers, and the factor of each row that it was divided by."""
+def emit_rows(graph: fx.GraphModule, x: fx.Node) -> Quantized:
+    """What stands for `x` in integers with a scale and a zero point for each row."""
+    low, high, dtype = ROWS
+    with graph.graph.inserting_after(x):
+        anchor = graph.graph.call_function(torch.ops.aten.alias.default, (x,))
+    with graph.graph.inserting_before(anchor):
+        call = graph.graph.call_function
+        chosen = call(OPERATORS.choose_qparams_per_token_asymmetric.default, (x, dtype))
+        scale, zero = (call(operator_getitem, (chosen, i)) for i in (0, 1))
+        q = call(OPERATORS.quantize_per_token.default, (x, scale, zero, low, high, dtype))
+        real = call(OPERATORS.dequantize_per_token.default, (q, scale, zero, low, high, dtype, torch.float32))
+    graph.graph.erase_node(anchor)
+    return real, None
+
+
+def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool) -> Quantized:
+    """The same with one for the tensor, and the factor of each row that it was divided by before."""
     aten, low, high, dtype = torch.ops.aten, *ACTIVATIONS
     largest = None
     with graph.graph.inserting_after(x):

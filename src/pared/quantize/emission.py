@@ -86,13 +86,22 @@ def emit_weights(
                 stored[code.key] = emit_weight(graph, node, code, zeros=zeros)
             args = [node.args[0], stored[code.key], *node.args[2:]]
             if code.bias is not None:
-                integer = scheme.bias_dtype == "int32" and code.bias.numel() == code.scale.numel()
+                apart = code.bias.numel() == code.scale.numel()
                 args[2:3] = [
                     emit_bias(graph, node.name, code.bias, x_scale, code.scale)
-                    if integer
+                    if scheme.bias_dtype == "int32" and apart and adds_integers(node)
                     else store(graph, f"{node.name}_bias", code.bias)
                 ]
         node.args = tuple(args)
+
+
+def adds_integers(layer: fx.Node) -> bool:
+    """True where a layer's bias is added to its accumulator.
+
+    A linear layer over more than two dimensions is written as a product of matrices and an addition in float, which
+    would only turn an integer bias back at every call.
+    """
+    return operator(layer) != "aten.linear" or bool(layer.meta["val"].ndim == 2)
 
 
 def emit_weight(graph: fx.GraphModule, layer: fx.Node, code: Code, *, zeros: bool) -> fx.Node:

@@ -98,6 +98,7 @@ class QuantizeStatic:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
         graph, placement, folded, idle = self.prepare(model, ctx)
         facts: dict[str, Any] = {"folded": folded, "ranges": {}, "any_cpu": self.must_suit_any_cpu(ctx), "kept": []}
+        facts["refused"] = list(ctx.refused)
         if not ctx.dry:
             Choice(
                 graph=graph,
@@ -134,6 +135,7 @@ class QuantizeStatic:
         if owner == self and planned is model:
             graph, placement = prepared
         else:
+            ctx = dataclasses.replace(ctx, refused=tuple(plan.facts["refused"]))
             graph, placement, _, _ = self.prepare(model, ctx)
             transform(graph, placement, plan.facts)
             placement = self.without(graph, ctx, plan.facts["kept"])
@@ -164,10 +166,11 @@ class QuantizeStatic:
         return graph, placement, folded, idle
 
     def without(self, graph: fx.GraphModule, ctx: Context, kept: Sequence[str]) -> Placement:
-        """What becomes integers where some modules are kept in float."""
-        scheme = ctx.target.scheme
-        placement = place(graph, scheme, include=self.include, exclude=(*self.exclude, *kept))
-        return dataclasses.replace(placement, skips=tuple(explained(skip, kept) for skip in placement.skips))
+        """What becomes integers where some modules, and those that the runtime refused, are kept in float."""
+        exclude = (*self.exclude, *ctx.refused, *kept)
+        placement = place(graph, ctx.target.scheme, include=self.include, exclude=exclude)
+        skips = tuple(explained(skip, kept, ctx.refused) for skip in placement.skips)
+        return dataclasses.replace(placement, skips=skips)
 
     def guard(self, graph: fx.GraphModule, placement: Placement, ctx: Context, facts: dict[str, Any]) -> Placement:
         """Measure what each layer costs alone, and keep the most fragile in float, where the settings ask for it."""
@@ -190,8 +193,10 @@ class QuantizeStatic:
         return self.without(graph, ctx, facts["kept"])
 
 
-def explained(skip: Skip, kept: Sequence[str]) -> Skip:
-    """A skip with the reason of a search in the place of that of a pattern."""
+def explained(skip: Skip, kept: Sequence[str], refused: Sequence[str]) -> Skip:
+    """A skip with its real reason where a search or the runtime, not a pattern of the user's, left the layer out."""
+    if skip.module in refused:
+        return Skip(skip.module, "the runtime does not take it in integers: kept in float")
     if skip.module in kept and skip.reason.startswith("excluded by"):
         return Skip(skip.module, "among the most fragile layers: kept in float to hold the metric")
     return skip

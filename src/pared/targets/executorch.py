@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pared.errors import TargetError
+from pared.errors import RefusedError, TargetError
 from pared.step import MOVES, Scheme
 from pared.targets.sessions import OpenSession, not_installed, open_session
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import nn
     from torch.export import ExportedProgram
 
     from pared.task import Task
@@ -38,13 +38,14 @@ SCHEME = Scheme(
     # It derives the scale of a bias itself, from a bias in float.
     bias_dtype="float32",
     weight_zero_points=True,
+    dynamic=frozenset({"aten.linear"}),
+    dynamic_rows=True,
 )
 # Memory is planned for the largest input. Larger batches are run in parts of this size.
 BATCH = 16
 # Other dynamic dimensions may grow to so many times the example's.
 GROWTH = 4
 RESHAPES = frozenset({"aten.view", "aten.flatten", "aten._unsafe_view"})
-HEAVY = ("convolution", "linear", "addmm", "mm")
 
 
 class ExecuTorch:
@@ -55,7 +56,13 @@ class ExecuTorch:
     scheme = SCHEME
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
-        """Write `model` as a program, and beside it what its inputs are called. Raises: CaptureError, TargetError."""
+        """Write `model` as a program, and beside it what its inputs are called.
+
+        Raises:
+            CaptureError: It cannot be captured.
+            TargetError: It cannot be lowered.
+            RefusedError: Of it, XNNPACK does not take certain integer layers.
+        """
         from pared.graph.capture import capture
 
         program = capture(model, task, limits=limits(task))
@@ -64,10 +71,10 @@ class ExecuTorch:
         if notes["outputs_have_batch"] and batch_is_fixed(edge):
             # It could not keep the batch free (a shuffle of channels does that), so samples are run one by one.
             edge = lower(capture(model, task, limits=limits(task) | {"batch": 1}))
-        left = not_delegated(edge.exported_program())
-        check_integers_delegated(left)
+        lowered = edge.exported_program()
+        check_integers_delegated(lowered, model)
         path.write_bytes(written(edge))
-        notes["not_delegated"] = dict(Counter(name for name, _ in left))
+        notes["not_delegated"] = dict(Counter(not_delegated(lowered)))
         path.with_suffix(".json").write_text(json.dumps(notes, indent=1), encoding="utf8")
 
     def open(self, path: Path, *, threads: int) -> OpenSession:
@@ -183,31 +190,46 @@ def part_readers(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def not_delegated(program: ExportedProgram) -> list[tuple[str, fx.Node]]:
+def not_delegated(program: ExportedProgram) -> list[str]:
     """Operators that stay with ExecuTorch's portable kernels, each by its name in PyTorch."""
-    from torch import fx
-
     found = []
     for node in program.graph.nodes:
         name = getattr(node.target, "__name__", str(node.target)) if node.op == "call_function" else ""
         plumbing = name in {"getitem", "executorch_call_delegate", "alloc"} or "sym_" in name or not name
-        if not plumbing and isinstance(node, fx.Node):
-            found.append((name.removeprefix("aten.").partition(".")[0], node))
+        if not plumbing:
+            found.append(name.removeprefix("aten.").partition(".")[0])
     return found
 
 
-def check_integers_delegated(left: list[tuple[str, fx.Node]]) -> None:
-    """Raise `TargetError` for a layer with integer weights that XNNPACK does not take: it would run in float."""
+def check_integers_delegated(program: ExportedProgram, model: nn.Module) -> None:
+    """Raise `RefusedError` for layers with integer weights that XNNPACK does not take: they would run in float."""
+    named = {**program.graph_signature.inputs_to_buffers, **program.graph_signature.inputs_to_parameters}
+    refused = []
+    for node in program.graph.nodes:
+        if "dequantize" in getattr(node.target, "__name__", ""):
+            stored = {named[arg.name] for arg in node.all_input_nodes if arg.name in named}
+            refused += [module_of(stored, model) or node.name] if stored else []
+    if refused:
+        raise RefusedError(
+            f"executorch: XNNPACK does not take the integer layers {', '.join(refused)}, which would run in float; "
+            f"keep them in float with exclude={refused}",
+            refused,
+        )
+
+
+def module_of(tensors: set[str], model: nn.Module) -> str:
+    """Name of the module whose layer reads one of a quantized program's stored integers; "" where none does.
+
+    Programs that are captured anew, as for lowering, no longer know which module a node comes from.
+    """
+    from torch import fx
+
     from pared.graph.capture import owner
 
-    for name, node in left:
-        sources = [getattr(source.target, "__name__", "") for source in node.all_input_nodes]
-        if name in HEAVY and any("dequantize" in source for source in sources):
-            layer = owner(node) or node.name
-            raise TargetError(
-                f"executorch: XNNPACK does not take the integer layer {layer} ({name}), which would run in float; "
-                f"keep it in float with exclude=[{layer!r}]"
-            )
+    for stored in model.graph.nodes if isinstance(model, fx.GraphModule) else ():
+        if stored.op == "get_attr" and stored.target in tensors:
+            return next((owner(layer) for reader in stored.users for layer in reader.users), "")
+    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ LIBRARY: Any = torch.library.Library("pared", "FRAGMENT")  # type: ignore[no-unt
 LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, float scale) -> Tensor")
 RESHAPES = frozenset({"aten.view", "aten.reshape", "aten._unsafe_view"})
 NO_OPERATION = frozenset({"aten.contiguous", "aten.clone"})
+ROUNDINGS = frozenset({"quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor"})
 # Scores vanish beside it, and it does not overflow.
 MASKED = float(torch.finfo(torch.float32).min) / 2
 
@@ -76,7 +77,7 @@ def joined(node: fx.Node) -> fx.Node | None:
     if swap is None or not is_swap(swap):
         return None
     last = next_change(swap)
-    if last is None or operator(last) not in RESHAPES:
+    if last is None or operator(last) not in RESHAPES or not rounded_alike(node, last):
         return None
     whole, parts = last.meta["val"].shape, swap.meta["val"].shape
     fits = len(whole) == 3 and whole[2] == parts[2] * parts[3] and whole[1] == parts[1]
@@ -84,14 +85,27 @@ def joined(node: fx.Node) -> fx.Node | None:
 
 
 def next_change(node: fx.Node) -> fx.Node | None:
-    """The only user of a tensor, after copies and reshapes that keep the shape; None where there are several."""
+    """The only user of a tensor, after copies, roundings and reshapes that keep the shape; None if there are more."""
     shape = node.meta["val"].shape
     while len(node.users) == 1:
         node = next(iter(node.users))
         same = operator(node) in RESHAPES and node.meta["val"].shape == shape
-        if not same and operator(node) not in NO_OPERATION:
+        if not same and operator(node) not in NO_OPERATION | ROUNDINGS:
             return node
     return None
+
+
+def rounded_alike(node: fx.Node, last: fx.Node) -> bool:
+    """True where all roundings from `node` to `last` are made once more behind `last`, so that they can be left out.
+
+    What only moves values hands their integers on: each such operator has the same rounding before and behind it.
+    """
+    found = set()
+    while node is not last:
+        node = next(iter(node.users))
+        if operator(node) in ROUNDINGS:
+            found.add(node.args[1:])
+    return not found or found == {user.args[1:] for user in last.users if operator(user) in ROUNDINGS}
 
 
 def is_swap(node: fx.Node) -> bool:

@@ -26,8 +26,9 @@ SCHEME = dataclasses.replace(
     float_activations=True,
     # oneDNN's kernels without VNNI add products in pairs, in an order of their own.
     saturating="any",
-    # The forms of ONNX Runtime alone.
-    weight_only=frozenset(),
+    # Others' weights are turned back into float as the file is loaded: they would be small on the disk alone.
+    weight_only=frozenset({"aten.linear"}),
+    # A form of ONNX Runtime alone.
     dynamic=frozenset(),
     norms_as_convolutions=False,
     # It runs these inside the layer before them, on the accumulator: an integer tensor between would only cost.
@@ -63,12 +64,20 @@ class OpenVino:
         OpenVINO's own reader of ONNX makes the graph. Its tool `convert_model`, which reports its use to its makers,
         has no part in it.
         """
+        from pared.targets import onnx_weights
+
         try:
             import openvino
             from openvino._offline_transformations import apply_moc_transformations
         except ImportError as error:
             raise not_installed(self.name, error) from None
-        proto = to_onnx(model, task, self.name)
+        proto = to_onnx(
+            onnx_weights.with_weight_operators(model),
+            task,
+            self.name,
+            table=onnx_weights.table(),
+            finish=onnx_weights.unfold,
+        )
         try:
             made = openvino.Core().read_model(checked(proto, self.name))
             # What OpenVINO does first with any file: it halves the graph, and takes nothing out of integers.
