@@ -247,7 +247,7 @@ def run(images: Path, *, quick: bool) -> None:
         del x
         worked("float", "", 0, folder / "images.npy", folder)
         time_all(results, folder / "images.npy", folder, 1 if quick else REPEATS, 16 if quick else CALIBRATION)
-        memory_of_all(results, folder / "images.npy", folder, 1 if quick else 3, many)
+        memory_of_all(results, folder / "images.npy", folder, 1 if quick else 2, many)
         claim(results, many)
 
 

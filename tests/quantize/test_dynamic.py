@@ -101,6 +101,22 @@ def test_program_equals_integer_arithmetic_written_out(per_row: bool, per_channe
     assert torch.allclose(program(torch.zeros(3, 24)), layer.bias.detach().expand(3, -1))
 
 
+def test_a_large_channel_behind_a_norm_costs_the_others_little_and_no_row_is_divided() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.no_grad():
+        model[0].weight[3] *= 50
+        model[1].weight[:, 3] /= 50
+    x = torch.randn(8, 64)
+    errors, divided = {}, {}
+    for kind in ("per_row", "per_tensor"):
+        program = quantized(model, x, activations=kind)[0]
+        errors[kind] = (program(x) - model(x)).norm()
+        divided[kind] = count(program, "aten.amax")
+    assert errors["per_row"] < errors["per_tensor"] / 4
+    assert divided == {"per_row": 1, "per_tensor": 0}  # the input of the second layer is behind no norm
+
+
 def test_a_large_row_costs_the_others_nothing_when_quantized_per_row() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, 32)

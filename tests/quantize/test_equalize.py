@@ -16,7 +16,17 @@ from pared.quantize.equalize import Equalize, equalize, input_reach, output_reac
 from pared.quantize.folding import tensor_of
 from pared.quantize.placement import Anchor, place
 from pared.quantize.program import prepare
-from pared.quantize.smooth import ROOM, ChannelReach, Migrate, make_room, migrate, migration_scales, norms
+from pared.quantize.smooth import (
+    MOST,
+    ROOM,
+    ChannelReach,
+    Migrate,
+    make_room,
+    migrate,
+    migrate_without_data,
+    migration_scales,
+    norms,
+)
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context
 from pared.targets.onnxruntime import SCHEME, OnnxRuntime
@@ -175,6 +185,25 @@ def test_a_norm_with_other_readers_gets_a_multiplication_of_its_own() -> None:
     by_hand = (hidden.abs().amax((0, 1)) / weights).sqrt()
     assert torch.allclose(scales[found[0][0].name], by_hand, rtol=1e-5)
     assert torch.allclose(tensor_of(graph, found[0][0].args[1]), 1 / by_hand, rtol=1e-5)
+
+
+def test_spread_is_migrated_by_the_norms_own_parameters_when_there_are_no_data() -> None:
+    torch.manual_seed(0)
+    model, x = PostNorm(), torch.randn(8, 5, 16)
+    with torch.no_grad():
+        model.norm.bias[5] = 9.0
+    graph, anchors = prepared(model, x)
+    expected = graph(x)
+    found = migrate_without_data(graph, anchors)
+    assert torch.allclose(graph(x), expected, rtol=1e-4, atol=1e-5)
+    assert found == {norm.name for norm, _, _ in norms(graph, anchors)}
+    (room,) = (norm for norm, _, _ in norms(graph, anchors) if ROOM in norm.meta)
+    # What channels reach: four deviations of a normal variable, times the weight, and the bias.
+    reach = torch.full((16,), 4.0)
+    reach[3], reach[5] = 160.0, 13.0
+    weights = torch.cat([model.a.weight, model.b.weight]).detach().abs().amax(0)
+    by_hand = reach**MOST / weights ** (1 - MOST)
+    assert torch.allclose(tensor_of(graph, room.args[1]), 1 / by_hand, rtol=1e-5)
 
 
 def test_a_replayed_plan_migrates_to_the_same_bits(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import pared
 from contract_cases import batch_of, model_and_task
 from pared.errors import PlanError, RefusedError, TargetError
+from pared.quantize.placement import REFUSED
 from pared.quantize.static import QuantizeStatic
 from pared.recipe import Budget, TimingSettings
 from pared.step import Context, Skip
@@ -211,8 +212,10 @@ def test_layers_are_named_and_stay_in_float_when_xnnpack_refuses_them(
     assert caught.value.layers == ("2.2",)
 
     ctx = dataclasses.replace(ctx, refused=caught.value.layers)
+    with pytest.raises(PlanError, match=r"no layer .*2\.2: the runtime does not take it"):
+        pared.QuantizeDynamic().plan(model, ctx)  # the only linear layer
     plan = step.plan(model, ctx)
-    assert Skip("2.2", "the runtime does not take it in integers: kept in float") in plan.skips
+    assert Skip("2.2", REFUSED) in plan.skips
     assert [edit.module for edit in plan.edits] == ["0.0", "1.0"]
     program = step.apply(model, plan, ctx)
     ExecuTorch().export(program, task, tmp_path / "model.pte")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 from operator import getitem as operator_getitem
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -20,9 +20,10 @@ from pared.quantize.affine import QParams, choose_qparams, grid, quantize
 from pared.quantize.emission import OPERATORS, drop_unused_tensors
 from pared.quantize.folding import CONVOLUTIONS, LINEAR, store, tensor_of
 from pared.quantize.formats import Cpu, kept_safe
-from pared.quantize.placement import CANDIDATES, behind, check_patterns, label, layer, why_not
+from pared.quantize.placement import CANDIDATES, REFUSED, Anchor, behind, check_patterns, label, layer, why_not
 from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.saturation import safe_scale
+from pared.quantize.smooth import migrate_without_data
 from pared.step import Context, Edit, Need, Plan, Scheme, Skip, settings, settings_of
 
 EMBEDDING = "aten.embedding"
@@ -75,7 +76,8 @@ class QuantizeDynamic:
         pydantic.Field(
             description="per_row makes large rows (tokens) cost small ones nothing: each gets a scale of its own "
             "where the runtime can do that, else is divided by its largest absolute value before the tensor is "
-            "quantized, and the layer's output multiplied by it. per_tensor does not."
+            "quantized, and the layer's output multiplied by it; behind layer norms, whose rows are of one size, the "
+            "spread of channels goes over to the weights instead. per_tensor does neither."
         ),
     ] = "per_row"
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to quantize.")] = ("*",)
@@ -96,7 +98,7 @@ class QuantizeDynamic:
                 "leave activations at 'per_row'"
             )
         graph, folded, idle = prepared(model, ctx)
-        layers, skips = choose(graph, ctx, self.include, self.exclude)
+        layers, skips = choose(graph, ctx, self.include, (*self.exclude, *ctx.refused))
         if not layers:
             raise nothing_to_quantize("QuantizeDynamic", skips)
         return Plan(
@@ -129,6 +131,11 @@ def prepared(model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, list[str],
     return prepare(model, ctx.task, "QuantizeDynamic")
 
 
+def anchor_of(node: fx.Node) -> Anchor:
+    """A linear layer as placement speaks of it."""
+    return Anchor(node.name, layer(node), weight_name(node), operator(node))
+
+
 def weight_name(node: fx.Node) -> str:
     """Name of the parameter that a layer reads."""
     weight = weight_of(node)
@@ -155,7 +162,11 @@ def choose(
     pairs = list(zip(candidates, reasons, strict=True))
     return (
         [node for node, reason in pairs if reason is None],
-        [Skip(label(node), reason) for node, reason in pairs if reason is not None],
+        [
+            Skip(label(node), REFUSED if layer(node) in ctx.refused else reason)
+            for node, reason in pairs
+            if reason is not None
+        ],
     )
 
 
@@ -217,7 +228,12 @@ def emit_dynamic(
         )
     stored: dict[str, Stored] = {}
     inputs: dict[fx.Node, Quantized] = {}
-    emit = emit_rows if scheme.dynamic_rows else functools.partial(emit_tensor, rows=step.activations == "per_row")
+    rows, even = step.activations == "per_row" and not scheme.dynamic_rows, set[str]()
+    if rows:
+        even = migrate_without_data(
+            graph, [anchor_of(nodes[name]) for name in names if operator(nodes[name]) == LINEAR]
+        )
+    emit = emit_rows if scheme.dynamic_rows else functools.partial(emit_tensor, rows=rows, even=even)
     multiplied = {str(weight_of(nodes[name]).target) for name in names if operator(nodes[name]) == LINEAR}
     for name in names:
         node, weight = nodes[name], weight_of(nodes[name])
@@ -313,8 +329,15 @@ def emit_rows(graph: fx.GraphModule, x: fx.Node) -> Quantized:
     return real, None
 
 
-def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool) -> Quantized:
-    """The same with one for the tensor, and the factor of each row that it was divided by before."""
+def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool, even: Collection[str]) -> Quantized:
+    """The same with one for the tensor, and the factor of each row that it was divided by before.
+
+    Args:
+        graph: Changed in place.
+        x: What to quantize.
+        rows: Divide each row.
+        even: Nodes whose rows are of one size as they are.
+    """
     aten, low, high, dtype = torch.ops.aten, *ACTIVATIONS
     largest = None
     with graph.graph.inserting_after(x):
@@ -322,7 +345,7 @@ def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool) -> Quantized:
     with graph.graph.inserting_before(anchor):
         call = graph.graph.call_function
         source = x
-        if rows:
+        if rows and x.name not in even:
             # Not the maximum of abs(x): a whole tensor more to write, which costs twice what another reduction does.
             ends = [call(end.default, (x, [-1], True)) for end in (aten.amax, aten.amin)]
             largest = call(aten.maximum.default, (ends[0], call(aten.neg.default, (ends[1],))))

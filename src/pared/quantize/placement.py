@@ -42,6 +42,7 @@ CANDIDATES = frozenset(
         "aten.scaled_dot_product_attention",
     }
 )
+REFUSED = "the runtime does not take it in integers: kept in float"  # of `Context.refused`
 NAMED_BY_LAYER = frozenset({"aten.linear", "aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu", "aten.embedding"})
 
 

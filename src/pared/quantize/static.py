@@ -16,7 +16,7 @@ from pared.quantize.choose import Choice, Formats, numbers_of, transform
 from pared.quantize.emission import emit
 from pared.quantize.formats import Activations, Weights, kept_safe
 from pared.quantize.norms import write_norms_as_convolutions
-from pared.quantize.placement import Placement, place
+from pared.quantize.placement import REFUSED, Placement, place
 from pared.quantize.program import nothing_to_quantize, prepare
 from pared.quantize.ranges import RANGES, AnyRanges, Auto, MinMax
 from pared.quantize.repair import DEFAULT, FoldBatchNorms, Repair
@@ -196,7 +196,7 @@ class QuantizeStatic:
 def explained(skip: Skip, kept: Sequence[str], refused: Sequence[str]) -> Skip:
     """A skip with its real reason where a search or the runtime, not a pattern of the user's, left the layer out."""
     if skip.module in refused:
-        return Skip(skip.module, "the runtime does not take it in integers: kept in float")
+        return Skip(skip.module, REFUSED)
     if skip.module in kept and skip.reason.startswith("excluded by"):
         return Skip(skip.module, "among the most fragile layers: kept in float to hold the metric")
     return skip

@@ -105,7 +105,7 @@ def rounded_alike(node: fx.Node, last: fx.Node) -> bool:
         node = next(iter(node.users))
         if operator(node) in ROUNDINGS:
             found.add(node.args[1:])
-    return not found or found == {user.args[1:] for user in last.users if operator(user) in ROUNDINGS}
+    return not found or found == {user.args[1:] if operator(user) in ROUNDINGS else () for user in last.users}
 
 
 def is_swap(node: fx.Node) -> bool:
