@@ -275,10 +275,16 @@ def command(folder: Path, out: str, *options: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", start, "run", "recipe.yaml", "--out", out, *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+        # Shells start what runs in the background with Ctrl-C ignored, and processes inherit that from the tests.
+        preexec_fn=hear_ctrl_c,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(pattern: str, folder: Path, process: subprocess.Popen[str]) -> None:
