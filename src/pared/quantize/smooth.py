@@ -8,7 +8,7 @@ Where something else reads the norm too (a residual sum behind a post-norm), a m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import pydantic
 import torch
@@ -156,25 +156,31 @@ def migrate_without_data(graph: fx.GraphModule, anchors: Sequence[Anchor]) -> se
     """Migrate most of the spread behind every layer norm, in place, by the reach that its own parameters give.
 
     Returns:
-        Names of the nodes that divide: behind them, channels are more alike, and rows are of one size.
+        Names of the nodes that divide and whose rows are of one size: the norm is over the last dimension alone.
     """
     make_room(graph, anchors)
-    found = norms(graph, anchors)
-    migrate(graph, anchors, {norm.name: ExpectedReach(graph, norm) for norm, _, _ in found}, MOST)
-    return {norm.name for norm, _, _ in found}
+    reaches = {norm.name: ExpectedReach(graph, norm) for norm, _, _ in norms(graph, anchors)}
+    migrate(graph, anchors, reaches, MOST)
+    return {name for name, reach in reaches.items() if reach.dimensions == 1}
 
 
 class ExpectedReach:
-    """Magnitude that each channel behind a layer norm reaches, without data: four deviations from its mean."""
+    """Magnitude that each channel behind a layer norm reaches, without data: four deviations from its mean.
+
+    Attributes:
+        reach: Shape (channels,), of the last dimension.
+        dimensions: How many the norm is over.
+    """
 
     def __init__(self, graph: fx.GraphModule, node: fx.Node) -> None:
         norm = node.args[0] if ROOM in node.meta else node
         if not isinstance(norm, fx.Node):
             raise QuantizeError(f"{node.name}: it divides no layer norm; plan again")
         given = [tensor_of(graph, arg).abs() if isinstance(arg, fx.Node) else None for arg in norm.args[2:4]]
-        ones = torch.ones(norm.meta["val"].shape[-1])
+        sizes: Any = norm.args[1]
         weight, bias = (*given, None, None)[:2]
-        self.reach = 4 * (ones if weight is None else weight) + (0 if bias is None else bias)
+        reach = 4 * (torch.ones(sizes) if weight is None else weight) + (0 if bias is None else bias)
+        self.reach, self.dimensions = reach.reshape(-1, sizes[-1]).amax(0), len(sizes)
 
 
 def apply_migration(graph: fx.GraphModule, anchors: Sequence[Anchor], scales: Mapping[str, Tensor]) -> None:
