@@ -27,6 +27,14 @@ def test_check_parity_uses_the_floor_when_one_is_given() -> None:
         check_parity(agreement(31.0), floor_db=32.0, where="1 QuantizeStatic")
 
 
+def test_check_parity_says_where_they_part_and_still_that_they_do_when_the_search_fails() -> None:
+    with pytest.raises(ParityError, match=r"the run stops here; they part at layer a$"):
+        check_parity(agreement(31.0), where="baseline", parted=lambda: "they part at layer a")
+    with pytest.raises(ParityError, match=r"31\.0 dB .*; compare the outputs of single layers") as caught:
+        check_parity(agreement(31.0), where="baseline", parted=lambda: str(1 / 0))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_check_parity_fails_when_the_ratio_is_nan() -> None:
     with pytest.raises(ParityError):
         check_parity(agreement(float("nan")), where="baseline")
