@@ -192,5 +192,5 @@ def test_target_without_such_operators_is_refused_with_the_next_step() -> None:
 
     model, x = nn.Sequential(nn.Linear(5, 5)), torch.randn(2, 5)
     ctx = Context(task=Task(example_inputs=(x,)), target=Other(), work=Path(), dense=model)
-    with pytest.raises(PlanError, match=r"target other has no operators.*use the target onnxruntime"):
+    with pytest.raises(PlanError, match=r"target other has no operators.*use the target onnxruntime or openvino"):
         NEAREST.plan(model, ctx)

@@ -126,7 +126,7 @@ def prepared(model: nn.Module, ctx: Context) -> tuple[fx.GraphModule, list[str],
     if not ctx.target.scheme.dynamic:
         raise PlanError(
             f"QuantizeDynamic: the target {ctx.target.name} has no operators that quantize at run time; use "
-            "QuantizeStatic, or the target onnxruntime"
+            "QuantizeStatic, or the target onnxruntime or executorch"
         )
     return prepare(model, ctx.task, "QuantizeDynamic")
 
@@ -317,15 +317,12 @@ def emit_linear(
 def emit_rows(graph: fx.GraphModule, x: fx.Node) -> Quantized:
     """What stands for `x` in integers with a scale and a zero point for each row."""
     low, high, dtype = ROWS
-    with graph.graph.inserting_after(x):
-        anchor = graph.graph.call_function(torch.ops.aten.alias.default, (x,))
-    with graph.graph.inserting_before(anchor):
+    with graph.graph.inserting_before(x.next):
         call = graph.graph.call_function
         chosen = call(OPERATORS.choose_qparams_per_token_asymmetric.default, (x, dtype))
         scale, zero = (call(operator_getitem, (chosen, i)) for i in (0, 1))
         q = call(OPERATORS.quantize_per_token.default, (x, scale, zero, low, high, dtype))
         real = call(OPERATORS.dequantize_per_token.default, (q, scale, zero, low, high, dtype, torch.float32))
-    graph.graph.erase_node(anchor)
     return real, None
 
 
@@ -340,9 +337,7 @@ def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool, even: Collecti
     """
     aten, low, high, dtype = torch.ops.aten, *ACTIVATIONS
     largest = None
-    with graph.graph.inserting_after(x):
-        anchor = graph.graph.call_function(aten.alias.default, (x,))
-    with graph.graph.inserting_before(anchor):
+    with graph.graph.inserting_before(x.next):
         call = graph.graph.call_function
         source = x
         if rows and x.name not in even:
@@ -355,5 +350,4 @@ def emit_tensor(graph: fx.GraphModule, x: fx.Node, *, rows: bool, even: Collecti
         scale, zero = (call(operator_getitem, (chosen, i)) for i in (0, 1))
         q = call(OPERATORS.quantize_per_tensor.tensor, (source, scale, zero, low, high, dtype))
         real = call(OPERATORS.dequantize_per_tensor.tensor, (q, scale, zero, low, high, dtype))
-    graph.graph.erase_node(anchor)
     return real, largest

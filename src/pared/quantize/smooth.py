@@ -103,12 +103,9 @@ def make_room(graph: fx.GraphModule, anchors: Sequence[Anchor]) -> None:
         if operator(norm) == NORM and norm not in direct:
             behind_norm.setdefault(norm, []).append(node)
     for norm, layers in behind_norm.items():
-        with graph.graph.inserting_after(norm):
-            anchor = graph.graph.call_function(torch.ops.aten.alias.default, (norm,))
-        with graph.graph.inserting_before(anchor):
+        with graph.graph.inserting_before(norm.next):
             ones = store(graph, f"{norm.name}_factor", torch.ones(norm.meta["val"].shape[-1]))
             scaled = graph.graph.call_function(torch.ops.aten.mul.Tensor, (norm, ones))
-        graph.graph.erase_node(anchor)
         scaled.meta = {**norm.meta, ROOM: True}
         for layer in layers:
             layer.args = (scaled, *layer.args[1:])

@@ -123,7 +123,7 @@ class QuantizeWeights:
         if not allowed:
             raise PlanError(
                 f"QuantizeWeights: the target {ctx.target.name} has no operators for integer weights beside float "
-                "activations; use the target onnxruntime, or QuantizeStatic"
+                "activations; use the target onnxruntime or openvino, or QuantizeStatic"
             )
         graph, folded, idle = prepare(model, ctx.task, "QuantizeWeights")
         chosen, skips = choose(graph, allowed, self.include, self.exclude)
