@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,23 +24,53 @@ from pared.targets.onnxruntime import OnnxRuntime
 from pared.task import Task
 
 
-class Wrong(OnnxRuntime):
-    """Writes one tensor of the model wrongly, by its name."""
+def wrongly(model: nn.Module, tensor: str) -> nn.Module:
+    """A copy of a model with one tensor halved, by its name; a part of the model that has no such tensor as it is."""
+    with quiet():
+        model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if name == tensor:
+                value.mul_(0.5)
+    return model
+
+
+class Wrong:
+    """A target whose files are modules kept in memory: one tensor of each is written wrongly, or none."""
+
+    name, filename, scheme = "wrong", "model.file", OnnxRuntime.scheme
 
     def __init__(self, tensor: str, *, fails: int = 0) -> None:
         self.tensor, self.fails = tensor, fails
+        self.files: dict[Path, tuple[nn.Module, Task]] = {}
 
     def export(self, model: nn.Module, task: Task, path: Path) -> None:
         self.fails -= 1
         if self.fails >= 0:
             raise TargetError("not this time")
-        with quiet():
-            model = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name == self.tensor:
-                    tensor.mul_(0.5)
-        super().export(model, task, path)
+        self.files[path] = (wrongly(model, self.tensor), task)
+
+    def open(self, path: Path, *, threads: int) -> Any:
+        model, task = self.files[path]
+        names = list(task.example_inputs.tensors)
+
+        def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+            given = dict(zip(names, map(torch.from_numpy, arrays), strict=True))
+            keywords = {name: x for name, x in given.items() if name in task.example_inputs.kwargs}
+            with torch.no_grad():
+                return [model(*(x for name, x in given.items() if name not in keywords), **keywords).numpy()]
+
+        return SimpleNamespace(inputs=[SimpleNamespace(name=name) for name in names], run=run)
+
+
+class WrongOnnx(OnnxRuntime):
+    """ONNX Runtime, with one tensor written wrongly."""
+
+    def __init__(self, tensor: str) -> None:
+        self.tensor = tensor
+
+    def export(self, model: nn.Module, task: Task, path: Path) -> None:
+        super().export(wrongly(model, self.tensor), task, path)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +100,7 @@ def test_a_quantized_layer_is_named_too(tmp_path: Path) -> None:
 
 def test_nothing_is_named_when_all_is_well_or_nothing_can_be_exported() -> None:
     model, task = model_and_task("conv_bn_relu")
-    assert where_they_part(model, task, OnnxRuntime(), task.example_inputs, FLOAT_FLOOR_DB) == ""
+    assert where_they_part(model, task, Wrong("none"), task.example_inputs, FLOAT_FLOOR_DB) == ""
     hopeless = Wrong("1.0.weight", fails=10**6)
     assert where_they_part(model, task, hopeless, task.example_inputs, FLOAT_FLOOR_DB) == ""
 
@@ -95,7 +128,7 @@ def test_first_true_finds_the_border(border: int, unknown: str) -> None:
 
 def test_a_run_stops_and_names_the_layer(tmp_path: Path) -> None:
     model, task = model_and_task("conv_bn_relu")
-    wrong = Wrong("1.0.weight")
+    wrong = WrongOnnx("1.0.weight")
     file = tmp_path / "stage" / wrong.filename
     file.parent.mkdir()
     stage = Stage(key="", model=model, floating=model, plan=None, file=file, output=0, facts={})

@@ -315,6 +315,7 @@ def test_target_says_what_to_install_when_the_runtime_is_missing(
 
 
 def test_compress_ships_both_files_when_the_target_is_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.measure.latency.SITTINGS", 2)  # how files are timed is not the subject here
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 32), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 64)).eval()
     task = Task(example_inputs=(torch.randn(1, 3, 8, 8),), calibration=[torch.randn(32, 3, 8, 8)])
