@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pared
 from pared.quantize.search import Sensitivity
-from pared.step import Context, Need, settings
+from pared.step import Context, Need, Plan, settings
 from pared.task import Batch, Inputs, Task
 from pared.train.callbacks import Callback
 from pared.train.schedules import Constant
@@ -45,9 +45,13 @@ class Case:
 class Halved:
     """A technique that runs while training: it halves the loss."""
 
+    changes: ClassVar[bool] = False
     needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def callback(self, ctx: Context) -> Callback:
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        return Plan("Halved")
+
+    def callback(self, plan: Plan, ctx: Context) -> Callback:
         return HalvedCallback()
 
 

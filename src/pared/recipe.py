@@ -16,7 +16,7 @@ import pydantic
 
 from pared.errors import RecipeError, SettingError, UsageError, nearest
 from pared.measure.latency import ROUNDS
-from pared.step import Step, settings, settings_of
+from pared.step import settings, settings_of
 from pared.strict_yaml import read_json, read_yaml
 
 # Modules are imported only when a step is used, so that help texts need no torch.
@@ -27,6 +27,8 @@ STEPS: Mapping[str, str] = {
     "CastHalf": "pared.quantize.half:CastHalf",
     "QuantizeDynamic": "pared.quantize.dynamic:QuantizeDynamic",
 }
+# Techniques that run while training: entries of `Train(during=[...])`.
+DURING: Mapping[str, str] = {}
 Place = tuple[str | int, ...]
 
 
@@ -145,26 +147,32 @@ class Recipe:
 
 
 def step_class(name: str) -> type[Any]:
-    """The class of a step. Raises: UsageError for an unknown name."""
-    if name not in STEPS:
-        raise UsageError(f"no step {name!r}; {nearest(name, STEPS)}")
-    module, _, attribute = STEPS[name].partition(":")
+    """The class of a step, or of a technique that runs while training. Raises: UsageError for an unknown name."""
+    known = {**STEPS, **DURING}
+    if name not in known:
+        raise UsageError(f"no step {name!r}; {nearest(name, known)}")
+    module, _, attribute = known[name].partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found
 
 
-def read_step(entry: Any, place: Place) -> Step:
-    """A step from `Name` or `{Name: {setting: value}}`. Raises: RecipeError."""
+def read_step(entry: Any, place: Place, known: Mapping[str, str] = STEPS) -> Any:
+    """A step, or what else `known` names, from `Name` or `{Name: {setting: value}}`. Raises: RecipeError."""
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, Mapping) or len(entry) != 1:
         found = " and ".join(entry) if isinstance(entry, Mapping) and entry else repr(entry)
         raise RecipeError(f"{at(place)}: a step is one name, or one name with its settings, found {found}")
     ((name, given),) = entry.items()
-    if name not in STEPS:
-        raise RecipeError(f"{at(place)}: no step {name!r}; {nearest(name, STEPS)}")
-    step: Step = validate(step_class(name), {} if given is None else given, (*place, name))
-    return step
+    if name not in known:
+        raise RecipeError(f"{at(place)}: no step {name!r}; {nearest(name, known)}")
+    place = (*place, name)
+    inner = given.get("during") if isinstance(given, Mapping) and name == "Train" else None
+    if not isinstance(inner, list):
+        return validate(step_class(name), {} if given is None else given, place)
+    # Each by its own class, as the steps of a recipe are.
+    during = tuple(read_step(part, (*place, "during", i), DURING) for i, part in enumerate(inner))
+    return dataclasses.replace(validate(step_class(name), {**given, "during": []}, place), during=during)
 
 
 def validate(kind: type[Any], data: Any, place: Place) -> Any:

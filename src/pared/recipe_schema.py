@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pydantic
 
-from pared.recipe import STEPS, Recipe, step_class
+from pared.recipe import DURING, STEPS, Recipe, step_class
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "null": "null", "object": "mapping"}
@@ -28,24 +28,26 @@ class Option:
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of recipes, steps and their settings included."""
     adapters = [("Recipe", pydantic.TypeAdapter(Recipe))]
-    adapters += [(name, pydantic.TypeAdapter(step_class(name))) for name in STEPS]
+    adapters += [(name, pydantic.TypeAdapter(step_class(name))) for name in (*STEPS, *DURING)]
     places, shared = pydantic.TypeAdapter.json_schemas([(name, "validation", made) for name, made in adapters])
     definitions = shared["$defs"]
-    definitions["Recipe"]["properties"]["steps"]["items"] = {
-        "anyOf": [
-            {"type": "string", "enum": list(STEPS)},
-            *(
-                {
-                    "type": "object",
-                    "description": definitions[name].get("description", ""),
-                    "properties": {name: {"anyOf": [dict(places[name, "validation"]), {"type": "null"}]}},
-                    "required": [name],
-                    "additionalProperties": False,
-                }
-                for name in STEPS
-            ),
+
+    def entries(names: Iterable[str]) -> dict[str, Any]:
+        """One entry of a list: a name, or a name with its settings."""
+        by_name = [
+            {
+                "type": "object",
+                "description": definitions[name].get("description", ""),
+                "properties": {name: {"anyOf": [dict(places[name, "validation"]), {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+            for name in names
         ]
-    }
+        return {"anyOf": [{"type": "string", "enum": list(names)}, *by_name]}
+
+    definitions["Recipe"]["properties"]["steps"]["items"] = entries(STEPS)
+    definitions["Train"]["properties"]["during"]["items"] = entries(DURING)
     recipe = definitions.pop("Recipe")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

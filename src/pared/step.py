@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
@@ -244,7 +244,9 @@ class Context:
         deadline: `time.monotonic()` at which searches should stop, or None.
         dry: True when only planning: nothing expensive, estimates marked.
         progress: Told how far long work is.
+        floating: The last module before activations were quantized, where the model given is a program.
         memo: What `plan` leaves for the `apply` right after it, so that nothing is captured twice; may always be empty.
+            `apply` leaves "floating" where it made a program and trained the module that the program was made of.
     """
 
     task: Task
@@ -257,17 +259,16 @@ class Context:
     deadline: float | None = None
     dry: bool = False
     progress: Progress = silent
+    floating: nn.Module | None = None
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Step(Protocol):
-    """One technique with its settings.
+    """One technique with its settings."""
 
-    Attributes:
-        trains: True for a training, which belongs to the block of the change before it.
-    """
-
-    trains: ClassVar[bool]
+    @property
+    def trains(self) -> bool:
+        """True for a training alone, which belongs to the block of the change before it."""
 
     @property
     def needs(self) -> frozenset[Need]:

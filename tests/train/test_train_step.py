@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pared.errors import PlanError, SettingError, UsageError
-from pared.step import Context, Edit, Plan, settings, settings_of
+from pared.errors import PlanError, RecipeError, SettingError, UsageError
+from pared.recipe import Recipe
+from pared.step import Context, Edit, Plan, Skip, settings, settings_of
 from pared.train.callbacks import Callback
 from pared.train.optimizers import SGD, AdamW
 from pared.train.schedules import Constant, Cosine, StepDecay
@@ -109,7 +112,9 @@ def test_plan_reads_only_and_is_json_when_made(model: nn.Module, make_context: M
     assert plan == step.plan(model, ctx)
     assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
     assert plan.edits == ()
-    assert plan.facts == {"epochs": 2, "trained_params": 6 * 8 + 8 + 16 + 18, "keep_zeros": []}
+    trained = 6 * 8 + 8 + 16 + 18
+    nothing = {"keep_zeros": [], "during": [], "warnings": []}
+    assert plan.facts == {"epochs": 2, "trained_params": trained} | nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not ctx.work.exists()
 
@@ -176,13 +181,18 @@ def test_zeros_stay_when_an_earlier_step_masked_them(model: nn.Module, make_cont
 class Louder:
     """A technique that makes the loss larger."""
 
+    changes: ClassVar[bool] = False
     by: float = 3.0
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"calibration"})
 
-    def callback(self, ctx: Context) -> Callback:
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        return Plan("Louder", skips=(Skip("3", "it has no loudness"),), facts={"by": self.by, "warnings": ["loud"]})
+
+    def callback(self, plan: Plan, ctx: Context) -> Callback:
+        assert plan.facts["by"] == self.by
         return Multiply(self.by)
 
 
@@ -204,3 +214,29 @@ def test_a_technique_runs_while_training_when_named_in_during(model: nn.Module, 
     assert torch.allclose(one[0].weight, same[0].weight, atol=1e-6)  # type: ignore[index,arg-type]
     assert not torch.allclose(one[0].weight, other[0].weight, atol=1e-3)  # type: ignore[index,arg-type]
     assert settings_of(Train(during=[Louder(by=2)]))["during"] == [{"Louder": {"by": 2.0}}]
+
+
+def test_what_a_technique_plans_is_part_of_the_plan(model: nn.Module, make_context: MakeContext) -> None:
+    plan = Train(during=[Louder()]).plan(model, make_context())
+    assert plan.skips == (Skip("3", "it has no loudness"),)
+    assert plan.facts["warnings"] == ["loud"]
+    assert (
+        Plan.from_json(plan.to_json()) == Plan.from_json(plan.to_json()) and plan.facts["during"][0]["step"] == "Louder"
+    )
+    assert Train(during=[Louder()]).trains
+
+
+def test_a_recipe_names_techniques_inside_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.recipe.DURING", {"Louder": f"{__name__}:Louder"})
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.SimpleNamespace(Louder=Louder)))
+    data = {"model": "m", "task": "t", "steps": [{"Train": {"epochs": 2, "during": [{"Louder": {"by": 2.0}}]}}]}
+    recipe = Recipe.from_json(data)
+    assert recipe.steps == (Train(epochs=2, during=[Louder(by=2.0)]),)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    for wrong, words in (
+        ({"Luder": {}}, r"steps\[0\].Train.during\[0\]: no step 'Luder'; did you mean 'Louder'"),
+        ({"Louder": {"bye": 1}}, r"steps\[0\].Train.during\[0\].Louder.bye: unknown key; did you mean 'by'"),
+        ({"Louder": {"by": "x"}}, r"steps\[0\].Train.during\[0\].Louder.by: should be a valid number"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Recipe.from_json({**data, "steps": [{"Train": {"during": [wrong]}}]})

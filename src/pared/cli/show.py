@@ -119,13 +119,13 @@ def print_named(rows: Mapping[str, Any]) -> None:
 
 
 def list_steps() -> None:
-    """Every step with its settings, then the settings of the values that stand in those."""
-    from pared.recipe import STEPS, step_class
+    """Every step, and what runs while training, with its settings and those of the values that stand in them."""
+    from pared.recipe import DURING, STEPS, step_class
     from pared.recipe_schema import option_table, value_tables
 
-    for name in STEPS:
+    for name in (*STEPS, *DURING):
         kind = step_class(name)
-        say(f"{name}: {first_line(kind)}")
+        say(f"{name}{', in Train(during=[...])' if name in DURING else ''}: {first_line(kind)}")
         for title, options in {"": option_table(kind), **value_tables(kind)}.items():
             rows = [(row.name, row.type, row.default or "required", row.description) for row in options]
             say(*([f"  {title} in {name}:"] if title else []))

@@ -114,6 +114,7 @@ def dry_run(
                 history=tuple(plans),
                 dry=True,
                 progress=progress,
+                floating=current,
             )
             with told(number, step):
                 plan = step.plan(current, ctx)

@@ -162,18 +162,19 @@ class Run:
             seed=self.seed,
             history=history,
             progress=self.progress,
+            floating=before.floating,
         )
         file = folder / self.target.filename
         found = read_stage(folder)
         if found is not None:
             plan, facts = found
             model = self.replay(before.model, step, plan, ctx, folder)
-            return after(before, key, model, plan, file, facts), plan
+            return after(before, key, model, plan, file, facts, ctx), plan
         start = time.monotonic()
         while True:
             plan = step.plan(before.model, ctx)
             model = step.apply(before.model, plan, ctx)
-            stage = after(before, key, model, plan, file, {"seconds": time.monotonic() - start})
+            stage = after(before, key, model, plan, file, {"seconds": time.monotonic() - start}, ctx)
             if stage.floating is model:
                 write_file(folder / TENSORS, save(snapshot(model)))
             try:
@@ -339,10 +340,12 @@ class Run:
         return dict(self.target.open(file, threads=self.threads).options)
 
 
-def after(before: Stage, key: str, model: nn.Module, plan: Plan, file: Path, facts: dict[str, Any]) -> Stage:
+def after(
+    before: Stage, key: str, model: nn.Module, plan: Plan, file: Path, facts: dict[str, Any], ctx: Context
+) -> Stage:
     """The stage that a step makes of the one before."""
     quantizes = any(edit.kind == "quantize" for edit in plan.edits)
-    floating = before.floating if quantizes else model
+    floating = ctx.memo.pop("floating", before.floating) if quantizes else model
     return Stage(key=key, model=model, floating=floating, plan=plan, file=file, output=before.output, facts=facts)
 
 

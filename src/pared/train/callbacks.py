@@ -1,17 +1,17 @@
 """Callbacks: how techniques join a training, so that several run together in one.
 
 The loop calls every hook of each callback in the order of the list, `on_end` in the opposite order, so that what was
-put on last comes off first.
+put on last comes off first. `on_start` may replace the model, so what looks for layers does so in `on_ready`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from pared.step import Context, Need
+from pared.step import Context, Need, Plan
 from pared.task import Batch
 
 
@@ -21,6 +21,12 @@ class Callback:
     def on_start(self, model: nn.Module) -> nn.Module:
         """The model to train: `model`, a copy of the caller's on the device that trains, or a replacement."""
         return model
+
+    def on_ready(self, model: nn.Module) -> None:
+        """All replacements are made: this is the model that trains."""
+
+    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
+        """Epoch `epoch`, counted from 0, begins; also the first one after a resumption."""
 
     def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """The loss to go on with, given the one so far and the model's raw outputs."""
@@ -40,7 +46,7 @@ class Callback:
         return model
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the callback's own that the optimizer trains too; asked for after `on_start`."""
+        """Parameters of the callback's own that the optimizer trains too; asked for after `on_ready`."""
         return ()
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -48,18 +54,28 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; called after `on_start`."""
+        """The inverse of `state_dict`; called after `on_ready`."""
 
 
 class During(Protocol):
-    """The settings of a technique that runs while training; stands in `Train(during=[...])`."""
+    """The settings of a technique that runs while training; stands in `Train(during=[...])`.
+
+    Attributes:
+        changes: True where it changes the structure, as a plan with edits says: the training is then judged as a change
+            of its own, and may start from a quantized program, that is from the module that it was made of.
+    """
+
+    changes: ClassVar[bool]
 
     @property
     def needs(self) -> frozenset[Need]:
         """The data that the technique reads, beside what `Train` does."""
 
-    def callback(self, ctx: Context) -> Callback:
-        """A fresh callback for one training."""
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        """What it will do, found out before training. Reads only. Becomes a part of `Train`'s plan."""
+
+    def callback(self, plan: Plan, ctx: Context) -> Callback:
+        """A fresh callback for one training that follows `plan`."""
 
 
 class KeepZeros(Callback):

@@ -95,6 +95,8 @@ class Loop:
         self.model = self.fabric.to_device(copy.deepcopy(model))
         for callback in callbacks:
             self.model = callback.on_start(self.model)
+        for callback in callbacks:
+            callback.on_ready(self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         trained += [parameter for callback in callbacks for parameter in callback.parameters()]
         if not trained:
@@ -134,6 +136,8 @@ class Loop:
         """Train on every batch once."""
         epoch, total, samples = self.state.epoch, 0.0, 0
         self.model.train()
+        for callback in self.callbacks:
+            callback.on_epoch_start(self.model, epoch)
         for index, batch in enumerate(self.task.batches("train", "Train")):
             # A source that gives more batches than its length said stays on the epoch's last rate.
             step = epoch * self.batches + min(index, self.batches - 1)

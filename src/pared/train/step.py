@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import pydantic
 from torch import nn
@@ -21,8 +21,11 @@ from pared.train.schedules import Cosine, Schedule
 
 def is_during(value: Any) -> During:
     """The same value, if it can run while training."""
-    if not (hasattr(value, "needs") and callable(getattr(value, "callback", None))):
-        raise ValueError("a technique that runs while training has `needs` and `callback(ctx)`")
+    methods = (getattr(value, name, None) for name in ("plan", "callback"))
+    if not (hasattr(value, "needs") and hasattr(value, "changes") and all(map(callable, methods))):
+        raise ValueError(
+            "a technique that runs while training has `changes`, `needs`, `plan(model, ctx)` and `callback(plan, ctx)`"
+        )
     return value  # type: ignore[no-any-return]
 
 
@@ -36,8 +39,6 @@ Technique = Annotated[
 @settings
 class Train:
     """Train all weights that require a gradient, with the task's loss on its `train` data."""
-
-    trains: ClassVar[bool] = True
 
     epochs: Annotated[int, pydantic.Field(description="Times that every sample is seen.", ge=1)] = 3
     lr: Annotated[
@@ -61,16 +62,19 @@ class Train:
     during: Annotated[tuple[Technique, ...], pydantic.Field(description="Techniques that run while training.")] = ()
 
     @property
+    def trains(self) -> bool:
+        """True unless a technique also changes the structure, so that the whole is a change to be judged."""
+        return not any(technique.changes for technique in self.during)
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The data that the step reads."""
         own: frozenset[Need] = frozenset({"train"} if self.patience is None else {"train", "validation"})
         return own.union(*(technique.needs for technique in self.during))
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
-        """No edit of structure; how much there is to train. Raises: PlanError, UsageError."""
-        quantized = any(edit.kind == "quantize" for plan in ctx.history for edit in plan.edits)
-        if quantized or is_exported(model):
-            raise PlanError("Train: the model is an exported or quantized program; move Train before QuantizeStatic")
+        """How much there is to train, and what techniques plan to do meanwhile. Raises: PlanError, UsageError."""
+        model = self.module(model, ctx)
         ctx.task.require("train", "Train")
         if self.patience is not None:
             ctx.task.require("validation", "Train(patience=...)")
@@ -80,15 +84,33 @@ class Train:
         if trained == 0 and not self.during:
             raise PlanError("Train: no parameter requires a gradient; unfreeze some with parameter.requires_grad_()")
         kept, gone = masked(model, ctx)
+        parts = [technique.plan(model, ctx) for technique in self.during]
+        lost = (Skip(name, "its masked weights are gone, so no zeros to keep") for name in gone)
+        facts = {"epochs": self.epochs, "trained_params": trained, "keep_zeros": kept}
+        warnings = [text for part in parts for text in part.facts.get("warnings", ())]
         return Plan(
             step="Train",
             settings=settings_of(self),
-            skips=tuple(Skip(name, "its masked weights are gone, so no zeros to keep") for name in gone),
-            facts={"epochs": self.epochs, "trained_params": trained, "keep_zeros": kept},
+            edits=tuple(edit for part in parts for edit in part.edits),
+            skips=(*lost, *(skip for part in parts for skip in part.skips)),
+            facts=facts | {"during": [part.to_json() for part in parts], "warnings": warnings},
+            estimate=any(part.estimate for part in parts),
         )
+
+    def module(self, model: nn.Module, ctx: Context) -> nn.Module:
+        """What there is to train. Raises: PlanError for a program, unless a technique can start from what it was."""
+        quantized = any(edit.kind == "quantize" for plan in ctx.history for edit in plan.edits)
+        if not quantized and not is_exported(model):
+            return model
+        if self.trains or ctx.floating is None or is_exported(ctx.floating):
+            raise PlanError("Train: the model is an exported or quantized program; move Train before QuantizeStatic")
+        return ctx.floating
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """A trained copy. Raises: TrainError, DataError, UsageError, PlanError."""
+        model = self.module(model, ctx)
+        parts = zip(self.during, map(Plan.from_json, plan.facts["during"]), strict=True)
+        callbacks = [KeepZeros(plan.facts["keep_zeros"]), *(item.callback(part, ctx) for item, part in parts)]
         with isolated(ctx.task):
             # Data that is shuffled or augmented at random shows the same first batches to every fingerprint.
             seed_all(ctx.task, ctx.seed, 0)
@@ -101,7 +123,7 @@ class Train:
             optimizer=self.optimizer,
             schedule=self.schedule,
             patience=self.patience,
-            callbacks=[KeepZeros(plan.facts["keep_zeros"]), *(item.callback(ctx) for item in self.during)],
+            callbacks=callbacks,
             seed=ctx.seed,
             checkpoint=ctx.work / f"train-{name[:16]}.pt",
             progress=ctx.progress,
