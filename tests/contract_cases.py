@@ -22,10 +22,10 @@ CLASSES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step, and for each of its settings another value that must change what comes out.
+    """A step, or a technique inside a training, and for each of its settings another value that must change the result.
 
     Attributes:
-        step: The step, quick.
+        step: The step, quick. Where it is a `Train` with a technique, that is what the case is about.
         others: {setting: value}, or {setting: (step to start from, value)} where it matters only beside other settings.
         candidates: Modules that the step must list as changed or skipped.
         on: The model pattern on which settings are tried.
@@ -38,7 +38,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        return type(self.step).__name__
+        return type(self.part).__name__
+
+    @property
+    def part(self) -> Any:
+        """The settings that the case is about."""
+        during = getattr(self.step, "during", ())
+        return during[0] if during else self.step
+
+    def step_of(self, part: Any) -> Any:
+        """The step with other settings."""
+        return part if self.part is self.step else dataclasses.replace(self.step, during=(part,))
 
 
 @settings
@@ -127,6 +137,22 @@ CASES = [
         },
         candidates=weighted,
         on="mlp",
+    ),
+    Case(
+        pared.Train(epochs=2, lr=0.05, during=[pared.QuantizeAware()]),
+        {
+            "weight_bits": 4,
+            "activation_bits": 4,
+            "layer_bits": {"0.0": 3},
+            "scales": "follow",
+            "ranges": "minmax",
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+            "samples": 3,
+            "freeze_after": 0,
+            "cpu": (pared.QuantizeAware(cpu="vnni"), "any"),
+        },
+        candidates=weighted,
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.quantize.aware import QuantizeAware
     from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
@@ -26,6 +27,7 @@ HOMES = {
     "Budget": "pared.recipe",
     "CastHalf": "pared.quantize.half",
     "ParedError": "pared.errors",
+    "QuantizeAware": "pared.quantize.aware",
     "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
     "QuantizeWeights": "pared.quantize.weights",
@@ -45,6 +47,7 @@ __all__ = [
     "Budget",
     "CastHalf",
     "ParedError",
+    "QuantizeAware",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",

@@ -28,7 +28,9 @@ STEPS: Mapping[str, str] = {
     "QuantizeDynamic": "pared.quantize.dynamic:QuantizeDynamic",
 }
 # Techniques that run while training: entries of `Train(during=[...])`.
-DURING: Mapping[str, str] = {}
+DURING: Mapping[str, str] = {
+    "QuantizeAware": "pared.quantize.aware:QuantizeAware",
+}
 Place = tuple[str | int, ...]
 
 

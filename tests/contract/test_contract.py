@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 import pared
 from contract_cases import BY_NAME, CASES, Case, batch_of, model_and_task
 from pared.errors import PlanError, SettingError
-from pared.recipe import STEPS
+from pared.recipe import DURING, STEPS
 from pared.step import Context, Plan, settings_of
 from pared.targets.onnxruntime import OnnxRuntime
 from pared.task import Task, call
@@ -45,6 +45,7 @@ COVERING = {
     "CastHalf": ["multihead_attention", "tied_weights", "chunk_shuffle_concat", "lstm"],
     "QuantizeWeights": ["attention_fused_qkv", "tied_weights", "grouped", "lstm"],
     "QuantizeDynamic": ["attention_fused_qkv", "tied_weights", "lstm"],
+    "QuantizeAware": ["residual_add", "tied_weights", "dict_output"],
 }
 SHIPPED = {
     "Train": ["tied_weights"],
@@ -52,6 +53,7 @@ SHIPPED = {
     "CastHalf": ["tied_weights"],
     "QuantizeWeights": ["tied_weights"],
     "QuantizeDynamic": ["tied_weights"],
+    "QuantizeAware": ["module_with_two_names"],
 }
 
 
@@ -128,9 +130,9 @@ def run(case: Case, model: nn.Module, task: Task, work: Path) -> tuple[Plan, nn.
 
 
 def test_every_step_of_the_recipe_is_in_the_suite_with_every_setting() -> None:
-    assert BY_NAME.keys() == STEPS.keys()
+    assert BY_NAME.keys() == STEPS.keys() | DURING.keys()
     for case in CASES:
-        assert case.others.keys() == {field.name for field in dataclasses.fields(case.step)}
+        assert case.others.keys() == {field.name for field in dataclasses.fields(case.part)}
 
 
 @pytest.mark.parametrize(("case", "pattern"), product(COVERING))
@@ -226,11 +228,12 @@ def test_step_says_so_when_a_pattern_has_nothing_for_it(name: str, pattern: str,
 @pytest.mark.parametrize(("case", "setting"), [(case, setting) for case in CASES for setting in case.others])
 def test_no_setting_is_dead(case: Case, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a processor with VNNI: where products saturate, "here" asks for what "any" asks for.
-    monkeypatch.setattr("pared.quantize.static.saturates_here", lambda: False)
+    for module in ("static", "aware"):
+        monkeypatch.setattr(f"pared.quantize.{module}.saturates_here", lambda: False)
     other = case.others[setting]
-    step, value = other if isinstance(other, tuple) else (case.step, other)
+    part, value = other if isinstance(other, tuple) else (case.part, other)
     found, facts = [], []
-    for number, chosen in enumerate((step, dataclasses.replace(step, **{setting: value}))):
+    for number, chosen in enumerate(map(case.step_of, (part, dataclasses.replace(part, **{setting: value})))):
         model, task = model_and_task(case.on)
         plan, changed = run(dataclasses.replace(case, step=chosen), model, task, tmp_path / str(number))
         found.append((plan.edits, plan.skips, bits(changed), outputs(changed, task).tolist()))
@@ -245,17 +248,17 @@ def test_no_setting_is_dead(case: Case, setting: str, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_misspelt_setting_is_refused_with_the_nearest_name(case: Case) -> None:
-    kind = type(case.step)
+    kind = type(case.part)
     for field in dataclasses.fields(kind):
         wrong = field.name[:-1] + "x" if len(field.name) > 3 else field.name + "x"
         with pytest.raises(
             SettingError, match=f"{kind.__name__} has no setting '{wrong}'; did you mean '{field.name}'"
         ):
-            kind(**{wrong: getattr(case.step, field.name)})
+            kind(**{wrong: getattr(case.part, field.name)})
     with pytest.raises(SettingError, match="takes its settings by name"):
         kind(1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(case.step, dataclasses.fields(kind)[0].name, None)
+        setattr(case.part, dataclasses.fields(kind)[0].name, None)
 
 
 @pytest.mark.parametrize(("case", "pattern"), product(SHIPPED))

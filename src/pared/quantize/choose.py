@@ -111,6 +111,7 @@ class Choice:
         samples: Most calibration samples.
         ctx: Of the step.
         facts: What was decided, filled in as it comes.
+        step: What asks for the data, for messages.
     """
 
     graph: fx.GraphModule
@@ -121,6 +122,7 @@ class Choice:
     samples: int | None
     ctx: Context
     facts: dict[str, Any]
+    step: str = STEP
 
     def all(self) -> None:
         """Decide everything."""
@@ -137,7 +139,7 @@ class Choice:
 
     def batches(self) -> Any:
         """Calibration data, as many as asked for."""
-        return first_samples(self.ctx.task.batches("calibration", STEP), self.samples)
+        return first_samples(self.ctx.task.batches("calibration", self.step), self.samples)
 
     def equalize(self, repair: Equalize) -> None:
         """Cross-layer equalization; needs no data."""

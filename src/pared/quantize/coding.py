@@ -85,6 +85,14 @@ def shared_ranges(
     Returns:
         For each root tensor, the smallest range that holds those of all roots that it must agree with.
     """
+    return {
+        root: (min(ranges[other][0] for other in group), max(ranges[other][1] for other in group))
+        for root, group in sharing_groups(nodes, placement, scheme).items()
+    }
+
+
+def sharing_groups(nodes: Mapping[str, fx.Node], placement: Placement, scheme: Scheme) -> dict[str, list[str]]:
+    """The root tensors that each root tensor must have one scale and zero point with, itself included, in order."""
     groups = {root: {root} for root in dict.fromkeys(placement.tensors.values())}
     for name in placement.joins:
         if operator(nodes[name]) not in scheme.sharing:
@@ -93,10 +101,7 @@ def shared_ranges(
         roots = {placement.tensors[side.name] for side in sides if side.name in placement.tensors}
         merged = set().union(*(groups[root] for root in roots))
         groups |= dict.fromkeys(merged, merged)
-    return {
-        root: (min(ranges[other][0] for other in group), max(ranges[other][1] for other in group))
-        for root, group in groups.items()
-    }
+    return {root: [other for other in groups if other in group] for root, group in groups.items()}
 
 
 def tensors_of(graph: fx.GraphModule, node: fx.Node, anchor: Anchor) -> tuple[Tensor, Tensor | None]:
@@ -172,17 +177,37 @@ def encode_one(
         by_channel, any_pair = weight.transpose(0, axis), scheme.saturating == "any" or axis == 1
         scale = torch.maximum(scale, safe_scale(by_channel, groups=groups_of(node), any_pair=any_pair))
         scale = scale if form.granularity == "channel" else scale.max().expand(channels).contiguous()
-    if bias is not None and bias.numel() == channels and form.granularity == "channel" and scheme.bias_dtype == "int32":
+    if form.granularity == "channel":
         # By the bias as it was: a correction must not change the grid that it corrects.
-        scale = fit_bias(scale, bias, qparams[behind(node.args[0]).name].scale)  # type: ignore[arg-type]
-    shape = [1] * weight.ndim
-    shape[axis] = -1
-    steps = weight.double() / scale.double().reshape(shape)
-    chosen_up = nearest(steps) if up is None else up
-    if chosen_up.shape != weight.shape:
+        scale = room_for_bias(scale, bias, qparams[behind(node.args[0]).name].scale, scheme)  # type: ignore[arg-type]
+    if up is not None and up.shape != weight.shape:
         raise QuantizeError(f"{anchor.module}: the plan rounds a weight of another shape; plan again")
-    values = torch.floor(steps) + chosen_up + zero_point.reshape(shape)
     if correction is not None:
         bias = correction if bias is None else bias + correction
+    values = integers_of(weight, QParams(scale, zero_point), axis, numbers, up)
     key = (str(node.args[1]), scale.numpy().tobytes(), None if up is None else up.numpy().tobytes())
-    return Code(values.clamp(numbers.low, numbers.high).to(numbers.dtype), scale, zero_point, axis, bias, key)
+    return Code(values, scale, zero_point, axis, bias, key)
+
+
+def room_for_bias(scale: Tensor, bias: Tensor | None, input_scale: Tensor, scheme: Scheme) -> Tensor:
+    """Scales of the channels, widened where the runtime's integers for the bias would overflow."""
+    if bias is None or bias.numel() != scale.numel() or scheme.bias_dtype != "int32":
+        return scale
+    return fit_bias(scale, bias, input_scale)
+
+
+def integers_of(weight: Tensor, qparams: QParams, axis: int, numbers: Grid, up: Tensor | None = None) -> Tensor:
+    """The integers of a weight, rounded to the nearest, or up and down as `up` says.
+
+    Args:
+        weight: Real.
+        qparams: One scale and zero point for each index of `axis`.
+        axis: The axis of output channels.
+        numbers: The integers to use.
+        up: True where a weight goes up, False where it goes down.
+    """
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    steps = weight.double() / qparams.scale.double().reshape(shape)
+    values = torch.floor(steps) + (nearest(steps) if up is None else up) + qparams.zero_point.reshape(shape)
+    return values.clamp(numbers.low, numbers.high).to(numbers.dtype)

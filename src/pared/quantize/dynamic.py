@@ -157,7 +157,7 @@ def choose(
     scheme = dataclasses.replace(ctx.target.scheme, weighted=ctx.target.scheme.dynamic)
     kinds = scheme.dynamic | ctx.target.scheme.weighted | CANDIDATES
     candidates = [node for node in graph.graph.nodes if operator(node) in kinds]
-    check_patterns(include, exclude, [layer(node) for node in candidates])
+    check_patterns([layer(node) for node in candidates], include=include, exclude=exclude)
     reasons = [reason_of(graph, node, scheme, ctx.target.name, include, exclude) for node in candidates]
     pairs = list(zip(candidates, reasons, strict=True))
     return (

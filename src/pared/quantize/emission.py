@@ -27,7 +27,7 @@ def emit(
     graph: fx.GraphModule,
     placement: Placement,
     qparams: Mapping[str, QParams],
-    numbers: Grid,
+    grids: Mapping[str, Grid],
     codes: Mapping[str, Code],
     scheme: Scheme,
 ) -> None:
@@ -37,15 +37,15 @@ def emit(
         graph: The graph that was placed, batch norms folded.
         placement: What becomes integers.
         qparams: Scale and zero point of every activation in `placement.tensors`, by node.
-        numbers: The integers of activations.
+        grids: The integers of the same activations.
         codes: The integers of every anchor's weight, by node.
         scheme: The runtime's rules.
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     emit_weights(graph, placement.anchors, qparams, codes, scheme)
     for name in placement.tensors:
-        emit_activation(graph, nodes[name], qparams[name], numbers)
-    drop_implied_clips(nodes, placement, qparams, numbers, scheme)
+        emit_activation(graph, nodes[name], qparams[name], grids[name])
+    drop_implied_clips(nodes, placement, qparams, grids, scheme)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
@@ -134,7 +134,7 @@ def drop_implied_clips(
     nodes: dict[str, fx.Node],
     placement: Placement,
     qparams: Mapping[str, QParams],
-    numbers: Grid,
+    grids: Mapping[str, Grid],
     scheme: Scheme,
 ) -> None:
     """Take out activations that the saturation of the quantize operator after them already does.
@@ -148,7 +148,7 @@ def drop_implied_clips(
         if bounds is None or operator(node) not in scheme.absorbed or not isinstance(node.args[0], fx.Node):
             continue
         scale, zero_point = qparams[name].scale.item(), qparams[name].zero_point.item()
-        lowest, highest = ((end - zero_point) * scale for end in (numbers.low, numbers.high))
+        lowest, highest = ((end - zero_point) * scale for end in (grids[name].low, grids[name].high))
         # An end of the grid no further than half a quantum beyond a bound is as near to it as rounding gets.
         slack = 0.501 * scale
         if lowest >= bounds[0] - slack and highest <= bounds[1] + slack:

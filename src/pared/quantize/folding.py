@@ -24,6 +24,8 @@ Stored = dict[tuple[str | None, ...], tuple[fx.Node, fx.Node]]
 def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
     """Fold every batch norm whose input comes from one convolution or linear layer alone, in place.
 
+    A layer's meta says under "takes_in" which node's value its own has become.
+
     Returns:
         Names of the batch norm modules that were taken in.
     """
@@ -36,6 +38,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
         layer = norm.args[0]
         if isinstance(layer, fx.Node) and foldable(layer, norm):
             fold(graph, layer, norm, stored)
+            layer.meta["takes_in"] = node.name
             node.replace_all_uses_with(layer)
             folded.append(owner(norm))
     graph.graph.eliminate_dead_code()

@@ -107,7 +107,7 @@ class CastHalf:
         self.check(ctx)
         graph, folded, idle = prepare(model, ctx.task, "CastHalf")
         layers = [node for node in graph.graph.nodes if operator(node) in WEIGHTED]
-        check_patterns(self.include, self.exclude, [name_of(node) for node in layers])
+        check_patterns([name_of(node) for node in layers], include=self.include, exclude=self.exclude)
         reach = self.reach(graph, ctx) if self.activations and not ctx.dry else {}
         chosen, edits, skips = [], [], []
         for node in layers:

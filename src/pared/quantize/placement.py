@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -87,7 +88,7 @@ def place(graph: fx.GraphModule, scheme: Scheme, *, include: tuple[str, ...], ex
     """
     nodes = {node.name: node for node in graph.graph.nodes}
     candidates = [node for node in nodes.values() if operator(node) in scheme.weighted | CANDIDATES]
-    check_patterns(include, exclude, [layer(node) for node in candidates])
+    check_patterns([layer(node) for node in candidates], include=include, exclude=exclude)
     anchors, skips = anchors_of(nodes, scheme, include, exclude)
     joins = active_joins(nodes, {anchor.node for anchor in anchors}, scheme)
     for node in nodes.values():
@@ -139,9 +140,9 @@ def is_convolution(node: fx.Node) -> bool:
     return operator(node).startswith("aten.conv")
 
 
-def check_patterns(include: tuple[str, ...], exclude: tuple[str, ...], names: list[str]) -> None:
-    """Raise `PlanError` for a pattern that matches nothing: a misspelt name must not be silent."""
-    for setting, patterns in (("include", include), ("exclude", exclude)):
+def check_patterns(names: list[str], **settings: Iterable[str]) -> None:
+    """Raise `PlanError` for a pattern of a setting that matches nothing: a misspelt name must not be silent."""
+    for setting, patterns in settings.items():
         for pattern in patterns:
             if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
                 raise PlanError(f"{setting}={pattern!r} matches no layer; {nearest(pattern, names)}")

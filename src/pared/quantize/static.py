@@ -140,7 +140,8 @@ class QuantizeStatic:
             transform(graph, placement, plan.facts)
             placement = self.without(graph, ctx, plan.facts["kept"])
         numbers = numbers_of(graph, placement, plan.facts, self.formats(ctx, plan.facts))
-        emit(graph, placement, numbers.qparams, numbers.grid, numbers.codes, ctx.target.scheme)
+        grids = dict.fromkeys(numbers.qparams, numbers.grid)
+        emit(graph, placement, numbers.qparams, grids, numbers.codes, ctx.target.scheme)
         return graph
 
     def formats(self, ctx: Context, facts: Mapping[str, Any]) -> Formats:

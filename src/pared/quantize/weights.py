@@ -238,7 +238,7 @@ def choose(
 ) -> tuple[list[Stored], list[Skip]]:
     """The weights to quantize, and every other candidate with the reason. Raises: PlanError for an idle pattern."""
     candidates = [node for node in graph.graph.nodes if operator(node) in allowed | CANDIDATES | WEIGHTED]
-    check_patterns(include, exclude, [name_of(node) for node in candidates])
+    check_patterns([name_of(node) for node in candidates], include=include, exclude=exclude)
     skips, wanted = [], {}
     for node in candidates:
         reason = why_not(node, allowed, include, exclude)
