@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -172,13 +173,17 @@ def resolve_metric(item: Any) -> Metric:
     name = getattr(item, "__name__", type(item).__name__)
     better = getattr(item, "higher_is_better", None)
     if hasattr(item, "update") and hasattr(item, "compute") and hasattr(item, "clone"):
-        return Metric(name, better is not False, lambda _: emptied(item))
+        return Metric(name, better is not False, functools.partial(emptied, item))
     if callable(item):
-        return Metric(name, better is not False, lambda _: MeanOf(item))
+        return Metric(name, better is not False, functools.partial(mean_of, item))
     raise UsageError(f"a metric is a name, a callable or a torchmetrics object, found {type(item).__name__}")
 
 
-def emptied(metric: Any) -> Any:
+def mean_of(function: Callable[[Tensor, Any], Any], _output: Tensor) -> MeanOf:
+    return MeanOf(function)
+
+
+def emptied(metric: Any, _output: Tensor) -> Any:
     """A copy of a torchmetrics object that has counted nothing yet."""
     copied = metric.clone()
     copied.reset()

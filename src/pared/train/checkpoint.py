@@ -34,7 +34,9 @@ class Checkpoint:
         losses: Mean training loss of each epoch.
         values: The deciding metric on `validation` after each epoch, where it is asked for.
         best_epoch: Finished epochs when `values` was best.
-        best: The trained tensors then.
+        best: The trained tensors then; their averages where averages are kept.
+        average: The moving averages of the trained tensors, where they are kept.
+        scaler: How float16 gradients are scaled.
     """
 
     epoch: int = 0
@@ -45,6 +47,8 @@ class Checkpoint:
     values: list[float] = dataclasses.field(default_factory=list)
     best_epoch: int = 0
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    average: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write beside, then rename: a reader sees the old file or the new one. Raises: TrainError."""

@@ -14,6 +14,8 @@ from pared.seeding import isolated, seed_all
 from pared.step import Context, Need, Plan, Skip, settings, settings_of
 from pared.train.callbacks import During, KeepZeros
 from pared.train.checkpoint import fingerprint
+from pared.train.hardware import Hardware
+from pared.train.logs import check_tensorboard
 from pared.train.loop import fit
 from pared.train.optimizers import SGD, Optimizer
 from pared.train.schedules import Cosine, Schedule
@@ -59,6 +61,28 @@ class Train:
             ge=1,
         ),
     ] = None
+    clip_norm: Annotated[
+        float | None,
+        pydantic.Field(
+            description="Longest gradient, over all parameters together; longer ones are scaled down.", gt=0
+        ),
+    ] = None
+    ema: Annotated[
+        float | None,
+        pydantic.Field(
+            description="Decay of a moving average of weights and buffers, one step at a time; validated and returned "
+            "in place of the weights themselves. None: no average.",
+            gt=0,
+            lt=1,
+        ),
+    ] = None
+    log_dir: Annotated[
+        str | None,
+        pydantic.Field(description="Folder for TensorBoard: loss, lr, and the deciding figure on validation data."),
+    ] = None
+    hardware: Annotated[
+        Hardware, pydantic.Field(description="Accelerator, number of devices, precision, accumulation of gradients.")
+    ] = Hardware()
     during: Annotated[tuple[Technique, ...], pydantic.Field(description="Techniques that run while training.")] = ()
 
     @property
@@ -80,10 +104,18 @@ class Train:
             ctx.task.require("validation", "Train(patience=...)")
         if ctx.task.loss is None:
             raise UsageError("Train needs a loss; give it as Task(loss=...), e.g. loss=nn.CrossEntropyLoss()")
+        self.hardware.check()
+        if self.log_dir is not None:
+            check_tensorboard()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         if trained == 0 and not self.during:
             raise PlanError("Train: no parameter requires a gradient; unfreeze some with parameter.requires_grad_()")
         kept, gone = masked(model, ctx)
+        if self.hardware.sharded and (kept or self.during):
+            what = "zeros to keep look" if kept else "techniques in `during` look"
+            raise PlanError(
+                f"Train: {what} at whole parameters, of which strategy='fsdp' leaves each process a part; use 'ddp'"
+            )
         parts = [technique.plan(model, ctx) for technique in self.during]
         lost = (Skip(name, "its masked weights are gone, so no zeros to keep") for name in gone)
         facts = {"epochs": self.epochs, "trained_params": trained, "keep_zeros": kept}
@@ -114,7 +146,8 @@ class Train:
         with isolated(ctx.task):
             # Data that is shuffled or augmented at random shows the same first batches to every fingerprint.
             seed_all(ctx.task, ctx.seed, 0)
-            name = fingerprint(model, ctx.task, {**settings_of(self), **plan.facts}, ctx.seed)
+            # Where a training is logged says nothing of what it is.
+            name = fingerprint(model, ctx.task, {**settings_of(self), **plan.facts, "log_dir": None}, ctx.seed)
         return fit(
             model,
             ctx.task,
@@ -123,6 +156,10 @@ class Train:
             optimizer=self.optimizer,
             schedule=self.schedule,
             patience=self.patience,
+            clip_norm=self.clip_norm,
+            ema=self.ema,
+            log_dir=self.log_dir,
+            hardware=self.hardware,
             callbacks=callbacks,
             seed=ctx.seed,
             checkpoint=ctx.work / f"train-{name[:16]}.pt",
