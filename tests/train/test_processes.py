@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
-import processes_cases as cases
 import pytest
 import torch
 from torch import nn
 
+import processes_cases as cases
 from pared.errors import TrainError, UsageError
 from pared.train.checkpoint import Checkpoint
 from pared.train.hardware import Hardware
@@ -51,6 +52,14 @@ def test_two_processes_take_the_steps_of_one_when_batches_are_the_same() -> None
     assert told == [*range(1, 51), 50]
 
 
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that share one import of PyTorch, which takes most of the time of a small training."""
+    monkeypatch.setattr("pared.train.processes.START", "forkserver")
+    multiprocessing.set_forkserver_preload(["pared.train.loop", "torch._dynamo"])
+
+
+@pytest.mark.usefixtures("quick_start")
 def test_a_killed_process_ends_the_run_and_resuming_is_exact_when_run_again(tmp_path: Path) -> None:
     settings = {**USUAL, "epochs": 3, "hardware": TWO, "patience": 3, "ema": 0.9, "seed": 5}
     task = cases.task(validation=True)

@@ -17,6 +17,7 @@ from pared.errors import PlanError, RecipeError, SettingError, UsageError
 from pared.recipe import Recipe
 from pared.step import Context, Edit, Plan, Skip, settings, settings_of
 from pared.train.callbacks import Callback
+from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD, AdamW
 from pared.train.schedules import Constant, Cosine, StepDecay
 from pared.train.step import Train
@@ -91,6 +92,10 @@ def test_schema_offers_the_names_when_an_editor_asks() -> None:
         {"schedule": StepDecay(every=2)},
         {"schedule": StepDecay(every=1, factor_each=0.5)},
         {"patience": 1},
+        {"clip_norm": 0.1},
+        {"ema": 0.5},
+        {"hardware": Hardware(accumulate=2)},
+        {"hardware": Hardware(precision="bf16")},
     ],
     ids=str,
 )

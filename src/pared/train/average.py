@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from pared.train.checkpoint import restore, tensors_of
@@ -26,7 +27,7 @@ def update(average: Tensor, value: Tensor, decay: float) -> None:
         >>> average
         tensor([1.2500, 0.0000])
     """
-    if average.is_floating_point() or average.is_complex():
+    if torch.is_floating_point(average) or torch.is_complex(average):
         average.lerp_(value, 1 - decay)
     else:
         average.copy_(value)

@@ -2,6 +2,10 @@
 
 The loop calls every hook of each callback in the order of the list, `on_end` in the opposite order, so that what was
 put on last comes off first. `on_start` may replace the model, so what looks for layers does so in `on_ready`.
+
+Where a training has several processes, each has its own copy of every callback, made by pickling, and shows it its part
+of each batch. Parameters take the same steps everywhere; of other state, that of process 0 is taken over by all after
+each epoch. The caller's process then runs `on_start`, `on_ready`, `load_state_dict` and `on_end` to make the result.
 """
 
 from __future__ import annotations
@@ -29,14 +33,17 @@ class Callback:
         """Epoch `epoch`, counted from 0, begins; also the first one after a resumption."""
 
     def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
-        """The loss to go on with, given the one so far and the model's raw outputs."""
+        """The loss to go on with, given the one so far and the model's raw outputs: a mean over the samples of `batch`.
+
+        Called for every batch, several times for one step of the optimizer where batches are accumulated.
+        """
         return current
 
     def after_backward(self, model: nn.Module) -> None:
-        """Gradients are there, the optimizer has not stepped yet."""
+        """Gradients are there as the optimizer will see them: of all batches and processes, unscaled, clipped."""
 
     def after_step(self, model: nn.Module) -> None:
-        """The optimizer has stepped."""
+        """The optimizer has stepped, or has left the step out where a float16 gradient overflowed."""
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
         """All batches of epoch `epoch`, counted from 0, are done; nothing is validated or saved yet."""

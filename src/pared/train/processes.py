@@ -1,7 +1,7 @@
 """Starting the processes of one training, and watching them until all have ended or one has failed.
 
-They are spawned: each is a fresh interpreter that imports the caller's program and is sent the work. What the work is
-they are told by a function; here nothing is known of training.
+They are spawned: each is a fresh interpreter that imports the caller's program and is sent the work. A function tells
+what is done with it; here nothing is known of training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -34,6 +34,7 @@ from pared.step import Progress, silent
 GUARD = 'put what starts the training under `if __name__ == "__main__":`'
 FOREVER = timedelta(days=1)  # a process that dies is seen by its parent; one that only works long is waited for
 GRACE_S = 3.0  # in which those that fail because another died are told apart from the one that died
+START: Literal["spawn"] = "spawn"  # forked processes could not use a GPU that the caller has touched
 Entry = Callable[[Any, Progress], None]
 
 
@@ -78,7 +79,7 @@ def launch(
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UsageError(f"a process of the training would start the training again; {GUARD}")
     content = packed(work)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     with tempfile.TemporaryDirectory() as folder:
         threads = max(1, torch.get_num_threads() // size)
         store = str(Path(folder) / "store")
@@ -143,7 +144,8 @@ def follow(workers: list[Worker], progress: Progress) -> None:
                 del open_pipes[ready]  # type: ignore[arg-type]
         if deadline is None and any(worker.failure or worker.process.exitcode for worker in workers):
             deadline = time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() >= deadline:
+        killed = any((worker.process.exitcode or 0) < 0 for worker in workers)
+        if killed or (deadline is not None and time.monotonic() >= deadline):
             return
 
 
@@ -201,6 +203,8 @@ def run(entry: Entry, pipe: Connection, rank: int, setup: Setup) -> None:
         torch.set_num_threads(setup.threads)
         torch.set_default_dtype(setup.dtype)
         os.environ["LOCAL_RANK"] = str(rank)
+        if setup.backend == "nccl":
+            torch.cuda.set_device(rank)
         torch.distributed.init_process_group(
             setup.backend, init_method=f"file://{setup.store}", rank=rank, world_size=setup.size, timeout=FOREVER
         )
