@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pared.artifact import Artifact, load, open_artifact
+    from pared.distill.step import Distill
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
     from pared.quantize.aware import QuantizeAware
@@ -26,6 +27,7 @@ HOMES = {
     "Artifact": "pared.artifact",
     "Budget": "pared.recipe",
     "CastHalf": "pared.quantize.half",
+    "Distill": "pared.distill.step",
     "ParedError": "pared.errors",
     "QuantizeAware": "pared.quantize.aware",
     "QuantizeDynamic": "pared.quantize.dynamic",
@@ -46,6 +48,7 @@ __all__ = [
     "Artifact",
     "Budget",
     "CastHalf",
+    "Distill",
     "ParedError",
     "QuantizeAware",
     "QuantizeDynamic",
@@ -63,7 +66,13 @@ __all__ = [
 ]
 
 
+# Rooms with functions for the caller's own loop, as `pared.distill.ResponseLoss`.
+ROOMS = ("distill",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in ROOMS:
+        return importlib.import_module(f"pared.{name}")
     if name not in HOMES:
         raise AttributeError(f"module 'pared' has no attribute {name!r}")
     value = getattr(importlib.import_module(HOMES[name]), name)
@@ -72,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *ROOMS})

@@ -30,6 +30,7 @@ STEPS: Mapping[str, str] = {
 # Techniques that run while training: entries of `Train(during=[...])`.
 DURING: Mapping[str, str] = {
     "QuantizeAware": "pared.quantize.aware:QuantizeAware",
+    "Distill": "pared.distill.step:Distill",
 }
 Place = tuple[str | int, ...]
 

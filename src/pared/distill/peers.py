@@ -1,0 +1,68 @@
+"""Deep mutual learning: networks that train together, each from the labels and from what all others say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pared.distill.callback import Distilling, tensors_of
+from pared.distill.teachers import Online, fresh, named_teacher
+from pared.errors import PlanError
+from pared.surgery import duplicate
+from pared.task import Batch, call
+from pared.train.step import is_exported
+
+
+class Peers(Distilling):
+    """The student beside its peers.
+
+    The loss of each network is (1 - alpha) * the task's + alpha * the mean of its divergences from the others.
+
+    Source: Zhang et al. 2018, arXiv:1706.00384, equations 5 and 8. Deviation: all networks step at once on one batch,
+    instead of each in turn.
+    """
+
+    def on_start(self, model: nn.Module) -> nn.Module:
+        super().on_start(model)
+        kind = self.settings.teacher
+        wanted = kind.peers if isinstance(kind, Online) else ()
+        if isinstance(wanted, int):
+            if is_exported(model):
+                raise PlanError(
+                    "Distill: put it before QuantizeAware in `during`, where there are still layers to copy"
+                )
+            peers = [fresh(model) for _ in range(wanted)]
+        else:
+            peers = [duplicate(named_teacher(name, self.ctx.dense, self.task.teachers)) for name in wanted]
+        self.own["peers"] = nn.ModuleList(peer.requires_grad_(True) for peer in peers).to(self.device)
+        self.judge = self.criterion()
+        return model
+
+    def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
+        said = [self.task.pick(outputs)]
+        said += [self.task.pick(call(peer, batch.inputs)) for peer in self.own["peers"]]  # type: ignore[attr-defined]
+        for found in said[1:]:
+            self.sound(found.detach())
+        total = self.mixed(current, 0, said, batch.target)
+        for i in range(1, len(said)):
+            own = self.mixed(self.judge(said[i], batch.target), i, said, batch.target)
+            total = total + (own - own.detach())  # its gradients alone: the figure that is shown is the student's
+        return total
+
+    def mixed(self, own: Tensor, i: int, said: list[Tensor], target: Any) -> Tensor:
+        """The loss of network `i`, from its loss on the labels and what all of them said."""
+        others = [self.response(said[i], said[j].detach(), target) for j in range(len(said)) if j != i]
+        return (1 - self.settings.alpha) * own + self.settings.alpha * sum(others) / len(others)
+
+    def on_end(self, model: nn.Module) -> nn.Module:
+        self.own = nn.ModuleDict()
+        return model
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"own": {name: tensor.detach() for name, tensor in tensors_of(self.own).items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, tensor in tensors_of(self.own).items():
+            tensor.detach().copy_(state["own"][name])

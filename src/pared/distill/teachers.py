@@ -1,0 +1,147 @@
+"""How teacher and student meet, as settings; and what makes a network ready to teach or to start anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from torch import nn
+
+from pared.distill.knowledge import by_kind
+from pared.errors import PlanError, nearest
+from pared.step import settings
+from pared.surgery import duplicate
+from pared.train.step import is_exported
+
+DENSE = "dense"
+
+
+@settings
+class Offline:
+    """A teacher that is trained already, and stays as it is."""
+
+    kind: Annotated[Literal["offline"], pydantic.Field(description="Name in recipes.")] = "offline"
+    name: Annotated[
+        str, pydantic.Field(description="dense: the model before any compression. Else a name in Task.teachers.")
+    ] = DENSE
+    cache: Annotated[
+        bool,
+        pydantic.Field(
+            description="Keep the teacher's outputs on disk, by the content of each sample, so that it runs once. Not "
+            "for samples that differ from epoch to epoch, nor with knowledge beside the response."
+        ),
+    ] = False
+
+
+@settings
+class BornAgain:
+    """The model as this training finds it teaches one of the same kind that starts from fresh weights."""
+
+    kind: Annotated[Literal["born_again"], pydantic.Field(description="Name in recipes.")] = "born_again"
+
+
+@settings
+class AverageTeacher:
+    """The moving average of the student's own weights (mean teacher)."""
+
+    kind: Annotated[Literal["average"], pydantic.Field(description="Name in recipes.")] = "average"
+    decay: Annotated[
+        float,
+        pydantic.Field(description="Share of the average kept at each step; less in the first steps.", ge=0, lt=1),
+    ] = 0.999
+
+
+@settings
+class Online:
+    """Peers that learn together, each from the labels and from all others (deep mutual learning)."""
+
+    kind: Annotated[Literal["online"], pydantic.Field(description="Name in recipes.")] = "online"
+    peers: Annotated[
+        int | tuple[str, ...],
+        pydantic.Field(
+            description="How many further networks, like the student with fresh weights; or names in Task.teachers, of "
+            "which copies are trained."
+        ),
+    ] = 1
+
+    def __post_init__(self) -> None:
+        if (self.peers if isinstance(self.peers, int) else len(self.peers)) < 1:
+            raise ValueError("peers must be at least one")
+
+
+@settings
+class SelfDeep:
+    """The student's deepest layers teach its shallower ones, through exits that go when the training ends (BYOT)."""
+
+    kind: Annotated[Literal["deep"], pydantic.Field(description="Name in recipes.")] = "deep"
+    exits: Annotated[
+        tuple[str, ...],
+        pydantic.Field(description="Names or globs of layers that get an exit. Empty: the last of each spatial size."),
+    ] = ()
+    hint: Annotated[
+        float, pydantic.Field(description="Weight of the difference of an exit's features from the deepest.", ge=0)
+    ] = 0.0
+
+
+Names = Literal["offline", "born_again", "average", "online", "deep"]
+AnyTeacher = Offline | BornAgain | AverageTeacher | Online | SelfDeep
+Teacher = Annotated[
+    AnyTeacher,
+    pydantic.Discriminator("kind"),
+    pydantic.BeforeValidator(by_kind, json_schema_input_type=Names | AnyTeacher),
+]
+
+
+def named_teacher(name: str, dense: nn.Module, teachers: Mapping[str, nn.Module]) -> nn.Module:
+    """A teacher by its name. Raises: PlanError for a name that the task does not have."""
+    if name in teachers:
+        return teachers[name]
+    if name != DENSE:
+        raise PlanError(f"no teacher {name!r} in Task.teachers; {nearest(name, [*teachers, DENSE])}")
+    return dense
+
+
+def frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a teacher that is never trained, in eval mode whatever mode it came in."""
+    made = duplicate(model).to(device).requires_grad_(False)
+    return made if is_exported(made) else made.eval()  # an exported program has one mode, and refuses to be told
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """A copy of a model with weights drawn anew, as its layers draw them when they are made.
+
+    Raises:
+        PlanError: A layer does not know how.
+    """
+    made = copy.deepcopy(model).requires_grad_(True)
+    reset(made)
+    return made
+
+
+def reset(model: nn.Module) -> None:
+    """Draw the weights of a model anew, in place. Raises: PlanError as `unable` finds."""
+    for name in unable(model):
+        raise PlanError(
+            f"layer {name!r} ({type(model.get_submodule(name)).__name__}) has parameters and no reset_parameters(), so "
+            "it cannot start from fresh weights; give its class one, or name ready-made peers in Task.teachers"
+        )
+    with torch.no_grad():
+        for module in model.modules():
+            drawing = drawer(module)
+            if drawing is not None:
+                drawing()
+
+
+def unable(model: nn.Module) -> Iterator[str]:
+    """Layers with parameters of their own that cannot be drawn anew."""
+    for name, module in model.named_modules():
+        if drawer(module) is None and next(module.parameters(recurse=False), None) is not None:
+            yield name
+
+
+def drawer(module: nn.Module) -> Any:
+    """What draws a layer's own parameters, or None."""
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
