@@ -1,0 +1,602 @@
+"""Every kind of distillation on Fashion-MNIST, and a MobileNetV2 taught by a ResNet on CIFAR-10: accuracy on test.
+
+    python benchmarks/distillation.py --phase all --fashion FOLDER --cifar FOLDER [--jobs 14] [--device cuda]
+
+FOLDER of Fashion-MNIST holds the four official idx .gz files, as Debian's `dataset-fashion-mnist` installs them in
+/usr/share/datasets/fashion-mnist; FOLDER of CIFAR-10 holds train.parquet and test.parquet (Hugging Face layout), or
+cifar10.npz, which `--phase prepare` makes of them where PIL and pyarrow are. Phases, each resumable (rows are kept):
+
+    teacher   trains the two teachers, into --teachers (kept out of git)
+    tune      each kind's grid on Fashion-MNIST, judged on validation
+    final     each kind with its best settings, --seeds seeds, judged on test
+    cifar     the same two phases for the MobileNetV2, with and without its teacher
+    claims    what the rows say of the issue's lines
+
+Validation is split off the official training data: 5,000 images of each set. `--device cpu` hides the GPU; jobs share
+one. `--samples 1000 --epochs 1 --quick` is a trial of the whole script on a CPU in a minute; its rows go to a folder of
+their own. All trainings are `pared.Train`; the same epochs, augmentation and schedule with and without a teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import gzip
+import io
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, Results
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pared
+from pared.distill import (
+    Attention,
+    AverageTeacher,
+    BornAgain,
+    Contrastive,
+    Distill,
+    Flow,
+    Hint,
+    Online,
+    Relational,
+    SelfDeep,
+    Similarity,
+)
+from pared.step import Context, settings_of
+from pared.train.optimizers import SGD
+from pared.train.schedules import Cosine
+
+ISSUE = 4
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+VALIDATION = 5000
+TUNING_SEEDS = (100, 101)
+ALONE, RESPONSE = "student alone", "response: soft targets"
+SETS: dict[str, dict[str, Any]] = {
+    "fashion": {"epochs": 8, "batch": 256, "lr": 0.2, "teacher_epochs": 20, "shift": 2, "size": 28, "channels": 1},
+    "cifar": {"epochs": 12, "batch": 128, "lr": 0.1, "teacher_epochs": 45, "shift": 4, "size": 32, "channels": 3},
+}
+
+
+def features_only(item: Any) -> Distill:
+    """One kind of knowledge beside the labels, and no response: what it gives by itself."""
+    return Distill(response="none", knowledge=(item,))
+
+
+# Each kind's grid; the first entry is what a quick trial takes. The student alone tunes its learning rate, and all
+# kinds train with the rate that is best for it.
+GRIDS: dict[str, list[Any]] = {
+    RESPONSE: [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9), (2, 0.9))],
+    "response: decoupled": [
+        Distill(response="decoupled", temperature=t, alpha=a, beta=b)
+        for t, a, b in ((4, 0.5, 2), (4, 0.5, 8), (2, 0.5, 2), (4, 0.9, 1))
+    ],
+    "features: hints": [features_only(Hint(weight=w)) for w in (0.1, 1.0, 10.0)],
+    "features: attention transfer": [features_only(Attention(weight=w)) for w in (1.0, 10.0, 0.1)],
+    "features: contrastive": [
+        features_only(Contrastive(weight=w, temperature=t)) for w, t in ((0.1, 0.1), (0.5, 0.1), (0.1, 0.5))
+    ],
+    "relations: flow": [features_only(Flow(weight=w)) for w in (0.1, 1.0, 10.0)],
+    "relations: distances and angles": [
+        features_only(Relational(weight=w, distance=25, angle=50)) for w in (0.02, 0.1, 0.5)
+    ],
+    "relations: similarities": [features_only(Similarity(weight=w)) for w in (30.0, 300.0, 3000.0)],
+    "online: two peers": [
+        Distill(teacher=Online(peers=1), temperature=t, alpha=a) for t, a in ((1, 0.5), (3, 0.5), (4, 0.9))
+    ],
+    "self: exits": [Distill(teacher=SelfDeep(), temperature=t, alpha=a) for t, a in ((3, 0.3), (3, 0.7), (1, 0.1))],
+    "self: born again": [
+        Distill(teacher=BornAgain(), temperature=t, alpha=a) for t, a in ((2, 0.5), (4, 0.9), (1, 0.5))
+    ],
+    "self: average": [
+        Distill(teacher=AverageTeacher(decay=d), temperature=t, alpha=a)
+        for d, t, a in ((0.99, 1, 0.5), (0.99, 4, 0.5), (0.999, 2, 0.3))
+    ],
+}
+RATES = (0.1, 0.2, 0.4)
+CIFAR_GRID = [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9))]
+
+
+# --- data, whole on the device -----------------------------------------------------------------------------------
+
+
+class OnDevice:
+    """Images as uint8 on the device that trains, in an order, and augmented, by (seed, epoch) alone.
+
+    Args:
+        images: uint8, shape (N, channels, size, size).
+        labels: int64, shape (N,).
+        statistics: Mean and deviation of a channel's pixels, each of shape (1, channels, 1, 1), of values 0 to 1.
+        shift: Pixels that an image moves by at most, with mirroring; 0 takes images as they are.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor], *, batch: int, shift: int):
+        self.images, self.labels, self.statistics = images, labels, statistics
+        self.batch, self.shift = batch, shift
+        self.generator = torch.Generator()
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # Drawn whole on the CPU, so that every device sees the same; reading leaves the generator as it was.
+        draw = torch.Generator().manual_seed(self.generator.initial_seed())
+        order = torch.randperm(len(self.images), generator=draw)
+        moves = torch.randint(0, 2 * self.shift + 1, (3, len(order)), generator=draw)
+        device = self.images.device
+        order, moves = order.to(device), moves.to(device)
+        mean, deviation = self.statistics
+        for start in range(0, len(order), self.batch):
+            index, move = order[start : start + self.batch], moves[:, start : start + self.batch]
+            x = self.images[index]
+            x = shifted(x, move, self.shift) if self.shift else x
+            yield (x.float() / 255 - mean) / deviation, self.labels[index]
+
+
+def shifted(x: Tensor, moves: Tensor, most: int) -> Tensor:
+    """Images moved by `moves[:2]` - `most` pixels, zeros coming in, and mirrored where `moves[2]` is odd."""
+    n, channels, height, width = x.shape
+    padded = F.pad(x, (most, most, most, most))
+    columns = torch.arange(width, device=x.device).expand(n, width)
+    columns = torch.where((moves[2] % 2 == 1)[:, None], width - 1 - columns, columns) + moves[1][:, None]
+    rows = torch.arange(height, device=x.device) + moves[0][:, None]
+    which = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[None, :, None, None]
+    return padded[which, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def fashion_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The official train and test images, uint8, and their labels."""
+    found = {}
+    for name, prefix in (("train", "train"), ("test", "t10k")):
+        images = gzip.decompress((folder / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+        labels = gzip.decompress((folder / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
+        found[f"{name}_x"] = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        found[f"{name}_y"] = np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
+    return found
+
+
+def cifar_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The train and test images, uint8, and their labels, from cifar10.npz or the parquet files."""
+    if (folder / "cifar10.npz").exists():
+        with np.load(folder / "cifar10.npz") as stored:
+            return dict(stored)
+    import pyarrow.parquet
+    from PIL import Image
+
+    found = {}
+    for name in ("train", "test"):
+        table = pyarrow.parquet.read_table(folder / f"{name}.parquet")
+        encoded = [item["bytes"] for item in table["image"].to_pylist()]
+        images = np.stack([np.asarray(Image.open(io.BytesIO(item)).convert("RGB")) for item in encoded])
+        found[f"{name}_x"] = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        found[f"{name}_y"] = table["label"].to_numpy().astype(np.int64)
+    return found
+
+
+class Data:
+    """One data set on the device: train and validation split off the official train data, and test."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        arrays = fashion_arrays(options.fashion) if name == "fashion" else cifar_arrays(options.cifar)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        order = np.random.default_rng(0).permutation(len(arrays["train_y"]))
+        validation = order[: options.samples or VALIDATION]
+        train = order[VALIDATION:][: options.samples or None]
+        images = arrays["train_x"][train]
+        values = torch.from_numpy(images).to(device).float() / 255
+        deviation, mean = torch.std_mean(values, (0, 2, 3), keepdim=True)
+        self.statistics = mean, deviation
+
+        def part(role: str, index: Any) -> tuple[Tensor, Tensor]:
+            pair = arrays[f"{role}_x"][index], arrays[f"{role}_y"][index]
+            x, y = (torch.from_numpy(item.copy()).to(device) for item in pair)
+            return x, y
+
+        self.train, self.validation = part("train", train), part("train", validation)
+        self.test = part("test", slice(options.samples or None))
+        self.form = SETS[name]
+
+    def task(self) -> pared.Task:
+        source = OnDevice(*self.train, self.statistics, batch=self.form["batch"], shift=self.form["shift"])
+        example = torch.zeros(2, self.form["channels"], self.form["size"], self.form["size"])
+        return pared.Task(example_inputs=example, train=source, loss=nn.CrossEntropyLoss())
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, role: str) -> float:
+        """Percent of right answers on validation or test."""
+        images, labels = getattr(self, role)
+        mean, deviation = self.statistics
+        made = model.to(images.device).eval()
+        hits = [
+            (made((x.float() / 255 - mean) / deviation).argmax(1) == y).sum()
+            for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+        ]
+        model.to("cpu")
+        return 100 * float(torch.stack(hits).sum()) / len(labels)
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
+
+
+def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def fashion_student() -> nn.Module:
+    """Three convolutions, 6 thousand parameters."""
+    return nn.Sequential(
+        *block(1, 8),
+        nn.MaxPool2d(2),
+        *block(8, 16),
+        nn.MaxPool2d(2),
+        *block(16, 32),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def fashion_teacher() -> nn.Module:
+    """Six convolutions, 1.1 million parameters."""
+    return nn.Sequential(
+        *block(1, 64),
+        *block(64, 64),
+        nn.MaxPool2d(2),
+        *block(64, 128),
+        *block(128, 128),
+        nn.MaxPool2d(2),
+        *block(128, 256),
+        *block(256, 256),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(256, 10),
+    )
+
+
+class Residual(nn.Module):
+    """Two convolutions and a shortcut, as in ResNet-20."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*block(inputs, outputs, stride), *block(outputs, outputs)[:2])
+        short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+        self.short = nn.Identity() if inputs == outputs else short
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.short(x))
+
+
+def cifar_teacher() -> nn.Module:
+    """ResNet-20 of double width: 1.1 million parameters. Source: He et al. 2016, arXiv:1512.03385, section 4.2."""
+    widths = [(32, 32, 1), (32, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 1), (64, 128, 2)]
+    stages = [Residual(*form) for form in [*widths, (128, 128, 1), (128, 128, 1)]]
+    return nn.Sequential(*block(3, 32), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+class Inverted(nn.Module):
+    """Expand, filter each channel, project: MobileNetV2's block."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
+        super().__init__()
+        wide = inputs * expand
+        first = [nn.Conv2d(inputs, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()] if expand > 1 else []
+        depth = nn.Conv2d(wide, wide, 3, stride=stride, padding=1, groups=wide, bias=False)
+        last = [nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.body = nn.Sequential(*first, depth, nn.BatchNorm2d(wide), nn.ReLU6(), *last)
+        self.short = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.short else self.body(x)
+
+
+def cifar_student(width: float = 0.35) -> nn.Module:
+    """MobileNetV2 of width 0.35 for images of 32 x 32: the first two strides are 1.
+
+    Source: Sandler et al. 2018, arXiv:1801.04381, table 2.
+    """
+
+    def scaled(channels: int) -> int:
+        return max(8, int(channels * width + 4) // 8 * 8)
+
+    table = [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    at = scaled(32)
+    layers = [nn.Conv2d(3, at, 3, padding=1, bias=False), nn.BatchNorm2d(at), nn.ReLU6()]
+    for expand, channels, repeats, stride in table:
+        for i in range(repeats):
+            layers.append(Inverted(at, scaled(channels), stride if i == 0 else 1, expand))
+            at = scaled(channels)
+    layers += [nn.Conv2d(at, 512, 1, bias=False), nn.BatchNorm2d(512), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+NETWORKS = {"fashion": (fashion_student, fashion_teacher), "cifar": (cifar_student, cifar_teacher)}
+
+
+# --- trainings, each a job of a worker process -------------------------------------------------------------------
+
+OPTIONS: argparse.Namespace
+LOADED: dict[str, Data] = {}
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """What a worker process does once."""
+    global OPTIONS
+    OPTIONS = options
+    torch.set_num_threads(options.threads)
+
+
+def data_of(name: str) -> Data:
+    if name not in LOADED:
+        LOADED[name] = Data(name, OPTIONS)
+    return LOADED[name]
+
+
+def trained(
+    model: nn.Module, data: Data, epochs: int, lr: float, seed: int, distill: Any, dense: nn.Module
+) -> nn.Module:
+    """The model after `pared.Train`, with or without `pared.Distill`."""
+    during = () if distill is None else (distill,)
+    optimizer = SGD(momentum=0.9, nesterov=True, weight_decay=5e-4)
+    step = pared.Train(epochs=epochs, lr=lr, optimizer=optimizer, schedule=Cosine(warmup_epochs=0.5), during=during)
+    with tempfile.TemporaryDirectory() as work:
+        ctx = Context(task=data.task(), target=None, work=Path(work), dense=dense, seed=seed)  # type: ignore[arg-type]
+        return step.apply(model, step.plan(model, ctx), ctx)
+
+
+def fresh_of(build: Any, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return build()
+
+
+def teacher_file(name: str) -> Path:
+    return OPTIONS.teachers / f"distillation-{name}.safetensors"
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """One job: train a network and judge it. Returns the row."""
+    start = time.perf_counter()
+    name, seed, kind = job["set"], job["seed"], job["kind"]
+    data, (student, teacher) = data_of(name), NETWORKS[name]
+    form = data.form
+    if kind == "teacher":
+        epochs = OPTIONS.epochs or form["teacher_epochs"]
+        model = trained(fresh_of(teacher, seed), data, epochs, 0.1, seed, None, nn.Identity())
+        OPTIONS.teachers.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), teacher_file(name))
+    else:
+        dense = teacher()
+        if teacher_file(name).exists():
+            dense.load_state_dict(load_file(teacher_file(name)))
+        epochs = OPTIONS.epochs or form["epochs"]
+        model = fresh_of(student, seed)
+        distill = job["distill"]
+        if distill is not None and isinstance(distill.teacher, BornAgain):
+            model = trained(model, data, epochs, job["lr"], seed, None, dense)
+        model = trained(model, data, epochs, job["lr"], seed, distill, dense)
+    row = {key: job[key] for key in ("phase", "set", "kind", "setting", "seed", "lr") if key in job}
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    row |= {"accuracy": data.accuracy(model, job["role"]), "role": job["role"], "params": counted}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return row | {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1), "device": device}
+
+
+def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
+    """Run the jobs that no row answers yet, several processes at once."""
+    keys = ("phase", "set", "kind", "setting", "seed")
+    left = [job for job in jobs if results.done(**{key: job[key] for key in keys}) is None]
+    if not left:
+        return
+    if options.jobs == 1:
+        set_up(options)
+        for job in left:
+            results.add(run(job))
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        min(options.jobs, len(left)), mp_context=spawn, initializer=set_up, initargs=(options,)
+    ) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(run, job) for job in left]):
+            results.add(done.result())
+
+
+# --- phases ------------------------------------------------------------------------------------------------------
+
+
+def job_of(phase: str, data: str, kind: str, distill: Any, seed: int, lr: float, role: str) -> dict[str, Any]:
+    setting = "" if distill is None else short(distill)
+    if kind == ALONE:
+        setting = f"lr {lr}"
+    rest = {"setting": setting, "seed": seed, "lr": lr, "role": role, "distill": distill}
+    return {"phase": phase, "set": data, "kind": kind, **rest}
+
+
+def short(distill: Any) -> str:
+    """The settings that differ from the defaults, as one line."""
+    default = settings_of(Distill())
+    return json.dumps(
+        {name: value for name, value in settings_of(distill).items() if value != default[name]} or "default"
+    )
+
+
+def teacher_jobs(names: list[str]) -> list[dict[str, Any]]:
+    return [job_of("teacher", name, "teacher", None, 0, 0.1, "test") for name in names]
+
+
+def tuning_jobs(data: str, grids: Mapping[str, list[Any]], lr: float, seeds: Any) -> list[dict[str, Any]]:
+    return [
+        job_of("tune", data, kind, distill, seed, lr, "validation")
+        for seed in seeds
+        for kind, grid in grids.items()
+        for distill in grid
+    ]
+
+
+def best_rate(results: Results, data: str) -> float:
+    """The learning rate at which the student alone is best on validation."""
+    return float(max(by_setting(results, data, ALONE).items(), key=lambda item: item[1])[0].removeprefix("lr "))
+
+
+def by_setting(results: Results, data: str, kind: str) -> dict[str, float]:
+    """Mean accuracy on validation of each setting that was tried."""
+    found: dict[str, list[float]] = {}
+    for row in results.rows:
+        if (row["phase"], row["set"], row["kind"]) == ("tune", data, kind):
+            found.setdefault(row["setting"], []).append(row["accuracy"])
+    return {setting: statistics.fmean(values) for setting, values in found.items()}
+
+
+def best_of(results: Results, data: str, kind: str, grid: list[Any]) -> Any:
+    """The setting of a grid that is best on validation."""
+    means = by_setting(results, data, kind)
+    return max(grid, key=lambda distill: means[short(distill)])
+
+
+def tune(results: Results, data: str, grids: Mapping[str, list[Any]], options: argparse.Namespace) -> None:
+    seeds = TUNING_SEEDS[:1] if options.quick else TUNING_SEEDS
+    lr = SETS[data]["lr"]
+    rates = (lr,) if options.quick else tuple(rate * lr / RATES[1] for rate in RATES)
+    alone = [job_of("tune", data, ALONE, None, seed, rate, "validation") for rate in rates for seed in seeds]
+    work_through(alone, results, options)
+    grids = {kind: grid[:1] if options.quick else grid for kind, grid in grids.items()}
+    work_through(tuning_jobs(data, grids, best_rate(results, data), seeds), results, options)
+
+
+def final(results: Results, data: str, grids: Mapping[str, list[Any]], options: argparse.Namespace) -> None:
+    lr = best_rate(results, data)
+    chosen = {ALONE: None}
+    chosen |= {kind: best_of(results, data, kind, grid[:1] if options.quick else grid) for kind, grid in grids.items()}
+    jobs = [
+        job_of("final", data, kind, distill, seed, lr, "test")
+        for seed in range(options.seeds)
+        for kind, distill in chosen.items()
+    ]
+    work_through(jobs, results, options)
+
+
+def figures(results: Results, data: str) -> dict[str, list[float]]:
+    """Test accuracies of each kind, by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for row in results.rows:
+        if (row["phase"], row["set"]) == ("final", data):
+            found.setdefault(row["kind"], {})[row["seed"]] = row["accuracy"]
+    return {kind: [values[seed] for seed in sorted(values)] for kind, values in found.items()}
+
+
+def gain(values: list[float], alone: list[float]) -> tuple[float, float]:
+    """Difference of the means, and its standard error (Welch)."""
+    spread = sum(statistics.variance(part) / len(part) for part in (values, alone))
+    return statistics.fmean(values) - statistics.fmean(alone), math.sqrt(spread)
+
+
+def claims(results: Results) -> None:
+    """What the rows say of the issue's lines."""
+    results.claims = []
+    for name, bound in (("fashion", 92.5), ("cifar", 90.0)):
+        row = results.done(phase="teacher", set=name)
+        if row:
+            results.claim(ISSUE, f"accuracy of the teacher on {name}, test, %", row["accuracy"], ">=", bound)
+    found = figures(results, "fashion")
+    if ALONE in found and RESPONSE in found:
+        alone = found[ALONE]
+        points, error = gain(found[RESPONSE], alone)
+        results.claim(ISSUE, "response distillation, gain on Fashion-MNIST, points", points, ">=", 0.5)
+        results.claim(ISSUE, "the same, in standard errors", points / error, ">=", 2.0)
+        others = {kind: gain(values, alone) for kind, values in found.items() if kind not in (ALONE, RESPONSE)}
+        above = sum(points >= 2 * error for points, error in others.values())
+        results.claim(ISSUE, "further kinds above the student alone by 2 standard errors", above, ">=", 3)
+        below = sum(points < -statistics.stdev(alone) for points, _ in others.values())
+        results.claim(ISSUE, "kinds below the student alone by over a standard deviation", below, "<=", 0)
+    found = figures(results, "cifar")
+    if ALONE in found and RESPONSE in found:
+        points, _ = gain(found[RESPONSE], found[ALONE])
+        results.claim(ISSUE, "MobileNetV2 0.35 on CIFAR-10 with a teacher, gain, points", points, ">=", 1.0)
+
+
+def summarise(results: Results) -> None:
+    """Print a line for each kind."""
+    for data in ("fashion", "cifar"):
+        found = figures(results, data)
+        for kind, values in found.items():
+            if len(values) > 1 and len(found.get(ALONE, ())) > 1:
+                points, error = gain(values, found[ALONE])
+                mean, deviation = statistics.fmean(values), statistics.stdev(values)
+                text = (
+                    f"{data:8} {kind:34} {mean:6.2f} +- {deviation:.2f}   {points:+.2f} ({error:.2f}) n={len(values)}"
+                )
+                sys.stdout.write(text + "\n")
+
+
+def read(options: argparse.Namespace) -> Results:
+    """The rows so far, whatever machine they came from: a row says its device, and claims are made of rows."""
+    folder = options.out / "trial" if options.quick else options.out
+    results = Results("distillation", fresh=options.fresh, folder=folder)
+    if results.path.exists() and not options.fresh:
+        stored = json.loads(results.path.read_text(encoding="utf8"))
+        results.rows, results.environment = stored["rows"], stored["environment"]
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    phases = ("all", "prepare", "teacher", "tune", "final", "cifar", "claims")
+    parser.add_argument("--phase", choices=phases, default="all")
+    parser.add_argument("--fashion", type=Path, default=FOLDER)
+    parser.add_argument("--cifar", type=Path, help="without it, CIFAR-10 is left out")
+    parser.add_argument("--teachers", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cifar-seeds", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=0, help="only so many of each part")
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the usual ones")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="one setting a kind, one seed to tune; rows go to trial/")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
+    parser.add_argument("--only", nargs="*", help="kinds that contain one of these words")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if options.phase == "prepare":
+        np.savez(options.cifar / "cifar10.npz", **cifar_arrays(options.cifar))
+        return
+    results = read(options)
+    grids = {k: g for k, g in GRIDS.items() if not options.only or any(word in k for word in options.only)}
+    sets = ["fashion", "cifar"] if options.cifar else ["fashion"]
+    if options.phase in ("all", "teacher"):
+        work_through(teacher_jobs(sets), results, options)
+    if options.phase in ("all", "tune"):
+        tune(results, "fashion", grids, options)
+    if options.phase in ("all", "final"):
+        final(results, "fashion", grids, options)
+    if options.phase in ("all", "cifar") and options.cifar:
+        tune(results, "cifar", {RESPONSE: CIFAR_GRID}, options)
+        seeds = argparse.Namespace(**{**vars(options), "seeds": options.cifar_seeds})
+        final(results, "cifar", {RESPONSE: CIFAR_GRID}, seeds)
+    if options.phase in ("all", "claims"):
+        claims(results)
+    summarise(results)
+
+
+if __name__ == "__main__":
+    main()
