@@ -38,7 +38,8 @@ def decoupled_divergence(
     others_p, others_q = (log.masked_fill(hit, -torch.inf).logsumexp(1) for log in (log_p, log_q))
     hit_p, hit_q = (log.gather(1, target[:, None])[:, 0] for log in (log_p, log_q))
     first = hit_p.exp() * (hit_p - hit_q) + others_p.exp() * (others_p - others_q)
-    # Normalised among the others; the target's own column counts 0, without the NaN that infinities would give.
-    rest_p, rest_q = ((log - total[:, None]) for log, total in ((log_p, others_p), (log_q, others_q)))
-    second = (rest_p.exp() * (rest_p - rest_q)).masked_fill(hit, 0).sum(1)
+    # Normalised among the others. The target's own column would overflow where the teacher is sure; at 0 it adds none.
+    pairs = ((log_p, others_p), (log_q, others_q))
+    rest_p, rest_q = ((log - total[:, None]).masked_fill(hit, 0) for log, total in pairs)
+    second = (rest_p.exp() * (rest_p - rest_q)).sum(1)
     return (first + beta * second) * temperature**2

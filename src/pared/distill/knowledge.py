@@ -175,8 +175,15 @@ class Similarity:
 
 
 def by_kind(value: Any) -> Any:
-    """Let a recipe say `hint` for `{kind: hint}`."""
-    return {"kind": value} if isinstance(value, str) else value
+    """Let a recipe say `hint` for `{kind: hint}`, and give lists for tuples, which strict reading refuses here."""
+    if isinstance(value, str):
+        return {"kind": value}
+    return {name: as_tuples(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def as_tuples(value: Any) -> Any:
+    """The same with lists as tuples, at any depth."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 Names = Literal["hint", "attention", "contrastive", "flow", "relational", "similarity"]

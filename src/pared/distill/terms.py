@@ -116,7 +116,8 @@ class FlowTerm(Term):
         if len(pairs) < 2:
             found = ", ".join(f"({pair.student!r}, {pair.teacher!r})" for pair in pairs)
             raise PlanError(f"flow needs at least two layers to flow between, found {found}; name them with layers=")
-        if any({len(pair.student_shape), len(pair.teacher_shape)} not in ({3}, {1}) for pair in pairs):
+        ranks = {len(shape) for pair in pairs for shape in (pair.student_shape, pair.teacher_shape)}
+        if ranks not in ({3}, {1}):
             found = ", ".join(f"{pair.student!r} {pair.student_shape}" for pair in pairs)
             raise PlanError(f"flow needs images or vectors in all its layers, found {found}; name others")
 
