@@ -152,7 +152,6 @@ CASES = [
             "ranges": "minmax",
             "include": ["0.*"],
             "exclude": ["0.*"],
-            "samples": 3,
             "freeze_after": 0,
             "cpu": (pared.QuantizeAware(cpu="vnni"), "any"),
         },

@@ -32,9 +32,11 @@ from pared.quantize.ranges import MSE, RANGES, AnyRanges
 from pared.quantize.static import Name, explained, named_ranges
 from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+from pared.task import Task
 from pared.train.callbacks import Callback
 
 STEP = "QuantizeAware"
+SAMPLES = 512  # that ranges are first chosen on; training goes on from there
 SAFE_BITS = 7  # two products of 8-bit activations and 7-bit weights fit 16 bits
 Bits = Annotated[int, pydantic.Field(ge=2, le=8)]
 
@@ -79,9 +81,6 @@ class QuantizeAware:
     exclude: Annotated[
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to keep in float.")
     ] = ()
-    samples: Annotated[
-        int | None, pydantic.Field(ge=1, description="Use at most this many calibration samples; null uses all.")
-    ] = 512
     freeze_after: Annotated[
         int,
         pydantic.Field(
@@ -116,7 +115,7 @@ class QuantizeAware:
                 ranges=self.ranges,
                 formats=Formats(self.weights(), self.activations(), ctx.target.scheme, facts["any_cpu"]),
                 repairs=(),
-                samples=self.samples,
+                samples=SAMPLES,
                 ctx=ctx,
                 facts=facts,
                 step=STEP,
@@ -241,8 +240,15 @@ class AwareTraining(Callback):
 
     def __init__(self, aware: QuantizeAware, plan: Plan, ctx: Context) -> None:
         self.aware, self.plan = aware, plan
-        self.ctx = dataclasses.replace(ctx, refused=tuple(plan.facts["refused"]))
+        # Of the task only what capture asks for, so that this callback can be sent to other processes.
+        task = Task(example_inputs=ctx.task.example_inputs, dynamic=ctx.task.dynamic, output=ctx.task.output)
+        self.ctx = Context(
+            task=task, target=ctx.target, work=ctx.work, dense=nn.Identity(), refused=tuple(plan.facts["refused"])
+        )
         self.memo = ctx.memo
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"memo": {}}
 
     def on_start(self, model: nn.Module) -> nn.Module:
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
