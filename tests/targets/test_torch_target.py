@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pared
 from pared.errors import TargetError, UsageError
+from pared.graph.capture import capture, operator
 from pared.quantize.static import QuantizeStatic
 from pared.step import Context
 from pared.targets import torch as target_module
@@ -183,6 +184,29 @@ def test_export_agrees_with_pytorch_on_every_pattern(name: str, tmp_path: Path) 
             expected = torch.utils._pytree.tree_leaves(module(*inputs.args, **inputs.kwargs))
         for one, other in zip(expected, found, strict=True):
             assert decibels(one.numpy(), other) >= (60 if module is model else 20)
+
+
+@pytest.mark.contract
+def test_package_runs_attention_in_integers_when_its_input_is_transposed() -> None:
+    model, inputs = ZOO["multihead_attention"]()
+    task = Task(example_inputs=inputs, calibration=[inputs])
+    calls = compiled(quantized(model, task), task, folder() / "attention.pt2").calls
+    layers = {name: count for name, count in calls.items() if any(kind in name for kind in ("linear", "addmm"))}
+    assert sum(layers.values()) == 3, calls
+    assert all(name.startswith("qlinear") for name in layers), calls
+
+
+def test_lay_out_orders_what_a_linear_layer_reads_and_changes_no_value() -> None:
+    model, inputs = ZOO["multihead_attention"]()
+    task = Task(example_inputs=inputs, calibration=[inputs])
+    program = capture(quantized(model, task), task)
+    before = program.module()(*inputs.args)
+    target_module.lay_out(program.graph_module)
+    read = [node.args[0].args[0] for node in program.graph.nodes if operator(node) == "aten.linear"]
+    assert len(read) == 3
+    assert [node.args[0].args[0].meta["val"].is_contiguous() for node in read] == [False, True, True]
+    assert all(node.args[0].meta["val"].is_contiguous() for node in read)
+    assert torch.equal(program.module()(*inputs.args), before)
 
 
 @pytest.mark.contract

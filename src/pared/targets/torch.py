@@ -14,7 +14,7 @@ from pared.targets.onnxruntime import SCHEME as ONNXRUNTIME
 from pared.targets.sessions import OpenSession, open_session
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import fx, nn
     from torch.export import ExportedProgram
 
     from pared.task import Task
@@ -44,6 +44,7 @@ SCHEME = dataclasses.replace(
 )
 # Freezing makes weights constants, which the integer patterns need. Line tables would be most of a small file.
 OPTIONS = {"freezing": True, "aot_inductor.enable_line_tables": False}
+QUANTIZE, DEQUANTIZE = "quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor"
 
 
 class TorchPackage:
@@ -61,6 +62,7 @@ class TorchPackage:
 
         check_compiler()
         program = capture(model, task)
+        lay_out(program.graph_module)
         options = {**OPTIONS, "aot_inductor.metadata": {"pared_inputs": json.dumps(described(program, task))}}
         with tempfile.TemporaryDirectory(prefix="pared-") as folder, quiet(), torch.no_grad():
             made = Path(folder) / path.name
@@ -87,6 +89,33 @@ def check_compiler() -> None:
             "the target torch compiles the model and finds no C++ compiler; install one (Debian: apt-get install g++), "
             "or name it in the variable CXX. The file that it makes needs none"
         ) from None
+
+
+def lay_out(graph: fx.GraphModule) -> None:
+    """Have the integers that linear layers read written in the order of their dimensions, in place.
+
+    A linear layer over a transposed input, as `nn.MultiheadAttention(batch_first=True)` has one, becomes a product of
+    batches of matrices, and Inductor's check of that pattern fails where a size of it is dynamic (its
+    `_is_valid_dequant_linear_pattern`, in 2.13). In order it is one product of matrices. Whoever quantizes writes the
+    integers anyway, so that the order costs nothing; where they are in order, nothing is compiled for it.
+    """
+    import torch
+
+    from pared.graph.capture import operator
+
+    for node in list(graph.graph.nodes):
+        dequantized: Any = node.args[0] if operator(node) == "aten.linear" else None
+        if dequantized is None or operator(dequantized) != DEQUANTIZE:
+            continue
+        quantized = dequantized.args[0]
+        if operator(quantized) != QUANTIZE:
+            continue
+        source = quantized.args[0]
+        with graph.graph.inserting_before(quantized):
+            ordered = graph.graph.call_function(torch.ops.aten.contiguous.default, (source,))
+        ordered.meta["val"] = source.meta["val"].contiguous()
+        quantized.replace_input_with(source, ordered)
+    graph.recompile()
 
 
 def first_line(error: Exception) -> str:
