@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pared
 from pared.quantize.search import Sensitivity
-from pared.step import Context, Need, Plan, settings
-from pared.task import Batch, Inputs, Task
-from pared.train.callbacks import Callback
+from pared.task import Inputs, Task
 from pared.train.schedules import Constant
 from zoo_models import OUTPUT, make
 
@@ -51,25 +49,6 @@ class Case:
         return part if self.part is self.step else dataclasses.replace(self.step, during=(part,))
 
 
-@settings
-class Halved:
-    """A technique that runs while training: it halves the loss."""
-
-    changes: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
-    def plan(self, model: nn.Module, ctx: Context) -> Plan:
-        return Plan("Halved")
-
-    def callback(self, plan: Plan, ctx: Context) -> Callback:
-        return HalvedCallback()
-
-
-class HalvedCallback(Callback):
-    def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
-        return current / 2
-
-
 def weighted(model: nn.Module) -> list[str]:
     """Layers with a weight that integer arithmetic could take."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.LSTM, nn.Embedding)
@@ -89,7 +68,18 @@ CASES = [
             "ema": 0.5,
             "log_dir": "log",
             "hardware": {"precision": "bf16"},
-            "during": [Halved()],
+            "during": [pared.Distill()],
+        },
+    ),
+    Case(
+        pared.Train(epochs=1, lr=0.05, during=[pared.Distill()]),
+        {
+            "temperature": 1.0,
+            "alpha": 0.5,
+            "response": "mse",
+            "beta": (pared.Distill(response="decoupled"), 1.0),
+            "knowledge": ["similarity"],
+            "teacher": "born_again",
         },
     ),
     Case(

@@ -42,6 +42,6 @@ def contrastive_loss(
     similar = F.normalize(student, dim=1) @ F.normalize(candidates, dim=1).T / temperature
     own = torch.arange(len(student), device=student.device)
     if allowed is not None:
-        positive = F.one_hot(own, similar.shape[1]).bool()
+        positive = own[:, None] == torch.arange(similar.shape[1], device=own.device)
         similar = similar.masked_fill(~(allowed | positive), -torch.inf)
     return F.cross_entropy(similar, own)

@@ -34,7 +34,7 @@ def decoupled_divergence(
         tensor([0.2391])
     """
     log_p, log_q = F.log_softmax(teacher / temperature, 1), F.log_softmax(student / temperature, 1)
-    hit = F.one_hot(target, student.shape[1]).bool()
+    hit = target[:, None] == torch.arange(student.shape[1], device=target.device)
     others_p, others_q = (log.masked_fill(hit, -torch.inf).logsumexp(1) for log in (log_p, log_q))
     hit_p, hit_q = (log.gather(1, target[:, None])[:, 0] for log in (log_p, log_q))
     first = hit_p.exp() * (hit_p - hit_q) + others_p.exp() * (others_p - others_q)
