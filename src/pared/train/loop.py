@@ -288,7 +288,8 @@ class Loop:
         self.model.eval()
         with self.averaged():
             if self.group.rank == 0 or self.group.sharded:
-                with torch.no_grad():
+                # Sharded weights stay gathered after a pass without gradients, so none is made: the whole is looked at.
+                with torch.no_grad(), whole(self.forward, sharded=self.group.sharded):
                     batches = self.task.batches("validation", "Train(patience=...)")
                     on_cpu = (Batch(inputs, move_data_to_device(target, "cpu")) for inputs, target in batches)
                     value = evaluate(self.predict, on_cpu, [metric])[metric.name]
@@ -302,7 +303,10 @@ class Loop:
 
     def predict(self, inputs: Inputs) -> Tensor:
         """The output that counts, on the CPU, where targets are."""
-        return self.task.pick(call(self.forward, inputs.to(self.fabric.device))).cpu()
+        with self.fabric.autocast():
+            output = call(self.model if self.group.sharded else self.forward, inputs.to(self.fabric.device))
+        picked = self.task.pick(output).cpu()
+        return picked.float() if picked.dtype in (torch.float16, torch.bfloat16) else picked
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of every tensor, on the CPU; whole also where each process holds a part."""
