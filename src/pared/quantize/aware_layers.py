@@ -109,8 +109,8 @@ class Layer(Freezable):
     """A convolution or linear layer with a fake quantized weight, and the batch norm behind it folded in.
 
     The weight is quantized as it is shipped, scaled by the norm's running statistics. While these follow the data, the
-    scaling is taken back before the norm, which so sees what it would see in float; once they are frozen, the norm is
-    a weight and a bias, as in the exported file.
+    scaling is taken back, so that the norm sees what it would see in float; once they are frozen, the norm is a weight
+    and a bias, as in the exported file.
 
     Args:
         call: The operator.
@@ -148,15 +148,14 @@ class Layer(Freezable):
         factor, shift = self.fold(bias, *norm)
         shape = [1] * weight.ndim
         shape[self.call.axis] = -1
-        folded = weight * factor.reshape(shape)
-        rounded = fake_quantize_trained(folded, self.scale(folded), 0, self.numbers)
+        factor = factor.reshape(shape)
         if not self.norm.follows:
-            return self.run(x, rounded, shift)
-        channels = (-1, *[1] * (x.ndim - 2))
-        unscaled = self.run(x, rounded, None) / factor.reshape(channels)
-        if bias is not None:
-            unscaled = unscaled + bias.reshape(channels)
-        normed: Tensor = self.norm(unscaled, *norm)
+            folded = weight * factor
+            return self.run(x, fake_quantize_trained(folded, self.scale(folded), 0, self.numbers), shift)
+        # Rounded as folded, and the folding taken back: which is to be rounded with so much smaller a scale.
+        factor = factor.detach()
+        scale = self.scale(weight * factor) / factor.abs()
+        normed: Tensor = self.norm(self.run(x, fake_quantize_trained(weight, scale, 0, self.numbers), bias), *norm)
         return normed
 
     def fold(

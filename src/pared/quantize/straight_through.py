@@ -19,29 +19,27 @@ class FakeQuantize(torch.autograd.Function):
     """See `fake_quantize_trained`."""
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         """Round to multiples of the scale, between `low` and `high` of them."""
-        return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(x, scale, output)
+        steps = torch.div(x, scale)
+        output = torch.round(steps).clamp_(low, high).mul_(scale)
+        ctx.low, ctx.high = low, high
+        ctx.save_for_backward(steps, scale, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         """Of `x`: passed where it was not clipped. Of the scale: see `fake_quantize_trained`."""
-        x, scale, output = ctx.saved_tensors
-        inside = (ctx.low - 0.5, ctx.high + 0.5)
-        passed = torch.ops.aten.hardtanh_backward(gradient, torch.div(x, scale), *inside)
+        steps, scale, output = ctx.saved_tensors
+        passed = torch.ops.aten.hardtanh_backward(gradient, steps, ctx.low - 0.5, ctx.high + 0.5)
         if not ctx.needs_input_grad[1]:
             return passed, None, None, None
         if scale.numel() == 1:
-            moved = torch.dot(gradient.flatten(), output.flatten()) - torch.dot(passed.flatten(), x.flatten())
-            return passed, (moved / scale).reshape(scale.shape), None, None
-        dims = [d for d in range(x.ndim) if scale.shape[d] == 1]
-        moved = (gradient * output).sub_(passed * x).sum(dims, keepdim=True)
-        return passed, moved / scale, None, None
+            moved = torch.dot(gradient.flatten(), output.flatten()) / scale
+            return passed, moved - torch.dot(passed.flatten(), steps.flatten()).reshape(scale.shape), None, None
+        dims = [d for d in range(steps.ndim) if scale.shape[d] == 1]
+        moved = (gradient * output).sum(dims, keepdim=True) / scale
+        return passed, moved - (passed * steps).sum(dims, keepdim=True), None, None
 
 
 def fake_quantize_trained(x: Tensor, scale: Tensor, zero_point: int, numbers: Grid) -> Tensor:
