@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 from torch import nn
 
 from pared.errors import DataError, TrainError, UsageError
@@ -76,6 +77,20 @@ def test_random_numbers_are_the_processes_own_inside_and_common_outside() -> Non
     assert inside[0] == inside[2]
     numbers = [number for draws in inside[:2] for three in draws for number in three]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_batches_are_refused_when_processes_read_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(as_inputs(torch.zeros(2, 1)), None)
+    others: list[str] = []
+
+    def gather(found: list[Any], own: str) -> None:
+        found[:] = [own, *(others or [own])]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    group(0, 2).check_same(batch, "batch 0")
+    others.append("of other content")
+    with pytest.raises(DataError, match=r"batch 0: processes read different batches.*set_epoch"):
+        group(0, 2).check_same(batch, "batch 0")
 
 
 def test_buckets_hold_everything_once_when_dtypes_differ() -> None:

@@ -60,7 +60,9 @@ def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_start")
-def test_a_killed_process_ends_the_run_and_resuming_is_exact_when_run_again(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_and_resuming_is_exact_when_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {**USUAL, "epochs": 3, "hardware": TWO, "patience": 3, "ema": 0.9, "seed": 5}
     task = cases.task(validation=True)
     model = cases.net(cases.WithDropout)
@@ -74,6 +76,13 @@ def test_a_killed_process_ends_the_run_and_resuming_is_exact_when_run_again(tmp_
     resumed = fit(model, task, callbacks=[cases.Record()], checkpoint=tmp_path / "cut.pt", **settings)
     assert bits(resumed) == bits(whole)
     assert not torch.equal(whole.seen, model.seen)  # type: ignore[arg-type]
+
+    def launch(*_: Any, **__: Any) -> None:
+        raise AssertionError("a training that has ended was started again")
+
+    monkeypatch.setattr("pared.train.loop.launch", launch)
+    again = fit(model, task, callbacks=[cases.Record()], checkpoint=tmp_path / "cut.pt", **settings)
+    assert bits(again) == bits(whole)
 
 
 def test_what_cannot_be_sent_is_named_when_there_are_several_processes() -> None:

@@ -102,7 +102,8 @@ def make_fabric(hardware: Hardware, model: nn.Module) -> Fabric:
     here = hardware.accelerator != "cpu" and place.type == "cuda"
     devices: int | list[int] = [place.index] if here else 1
     accelerator = "cuda" if here else hardware.accelerator
-    kind = "cuda" if hardware.on_gpu else "cpu"
+    on_mac = hardware.accelerator == "auto" and torch.backends.mps.is_available()
+    kind = "cuda" if hardware.on_gpu else "mps" if on_mac else "cpu"
     return Fabric(accelerator=accelerator, devices=devices, plugins=plugins(hardware.precision, kind))
 
 
