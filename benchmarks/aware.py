@@ -45,11 +45,11 @@ TUNING_SEED = 100
 GRID: dict[str, list[dict[str, Any]]] = {
     "fashion": [
         {"lr": lr, "scales": scales, "freeze_after": after}
-        for lr, after in ((0.003, 1), (0.01, 1), (0.03, 1), (0.03, 3))
+        for lr, after in ((0.003, 0.25), (0.01, 0.25), (0.03, 0.25), (0.03, 0.75))
         for scales in ("learned", "follow")
     ],
     "cifar": [
-        {"lr": lr, "scales": scales, "freeze_after": 1}
+        {"lr": lr, "scales": scales, "freeze_after": 0.75}
         for lr, scales in ((0.01, "learned"), (0.03, "learned"), (0.01, "follow"))
     ],
 }

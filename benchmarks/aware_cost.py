@@ -52,7 +52,7 @@ def of_pared(model: nn.Module, x: Tensor) -> nn.Module:
         aware = pared.QuantizeAware()
         training = aware.callback(aware.plan(model, ctx), ctx)
         graph = training.on_start(model)
-        training.on_epoch_start(graph, 0)
+        training.on_epoch_start(graph, 0, 4)
     return graph.train()
 
 

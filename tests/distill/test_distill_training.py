@@ -82,7 +82,7 @@ def ready(model: nn.Module, make_context: MakeContext) -> Callable[..., Any]:
         trained = callback.on_start(copy.deepcopy(model))
         callback.on_ready(trained)
         trained.train()
-        callback.on_epoch_start(trained, 0)
+        callback.on_epoch_start(trained, 0, 1)
         return callback, trained, ctx
 
     return make
@@ -371,7 +371,7 @@ def test_a_graph_of_operators_learns_from_layers_and_refuses_what_needs_modules(
     callback: Any = learning.callback(learning.plan(model, ctx), ctx)
     callback.on_start(graph)
     callback.on_ready(graph)
-    callback.on_epoch_start(graph, 0)
+    callback.on_epoch_start(graph, 0, 1)
     batch = first(ctx)
     out = graph(*batch.inputs.args)
     assert callback.loss(F.cross_entropy(out, batch.target), batch, out).requires_grad

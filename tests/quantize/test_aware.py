@@ -68,7 +68,7 @@ def started(aware: pared.QuantizeAware, model: nn.Module, ctx: Context) -> tuple
     training = aware.callback(aware.plan(model, ctx), ctx)
     assert isinstance(training, AwareTraining)
     graph = training.on_start(model)
-    training.on_epoch_start(graph, 0)
+    training.on_epoch_start(graph, 0, 4)
     return training, graph
 
 
@@ -129,7 +129,7 @@ def test_graph_computes_and_trains_what_the_model_does_when_nothing_is_rounded(p
 def test_graph_and_program_compute_the_same_when_norms_are_frozen(tmp_path: Path) -> None:
     model = net()
     training, graph = started(EIGHT, model, context(model, tmp_path))
-    training.on_epoch_start(graph, 1)
+    training.on_epoch_start(graph, 3, 4)
     graph.train()
     graph.get_submodule("free_dropout").p = 0.0  # type: ignore[assignment]
     x = torch.randn(16, 3, 6, 6)
@@ -172,7 +172,7 @@ def test_dropout_and_norms_follow_the_modes_until_frozen(tmp_path: Path) -> None
     graph.train()
     assert not torch.equal(graph(x), graph(x))
     assert not torch.equal(model[1].running_mean, before)
-    training.on_epoch_start(graph, 1)
+    training.on_epoch_start(graph, 3, 4)
     frozen = model[1].running_mean.clone()
     graph(x)
     assert torch.equal(model[1].running_mean, frozen)

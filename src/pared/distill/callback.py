@@ -48,7 +48,7 @@ class Distilling(Callback):
         self.device = next((tensor.device for tensor in model.parameters()), self.device)
         return model
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
         self.own.train()
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:
@@ -148,8 +148,8 @@ class Taught(Distilling):
         path = self.ctx.work / f"teacher-{name[:16]}.rows"
         return CachedOutputs(OutputCache(path, name, tuple(self.facts["output"])))
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
-        super().on_epoch_start(model, epoch)
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        super().on_epoch_start(model, epoch, epochs)
         self.record(True)
         if self.cached is not None:
             self.cached.begin()

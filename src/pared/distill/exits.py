@@ -58,8 +58,8 @@ class Exits(Distilling):
         self.taps.recording = False
         self.judge = self.criterion()
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
-        super().on_epoch_start(model, epoch)
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        super().on_epoch_start(model, epoch, epochs)
         self.taps.recording = True
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:

@@ -82,11 +82,14 @@ class QuantizeAware:
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to keep in float.")
     ] = ()
     freeze_after: Annotated[
-        int,
+        float,
         pydantic.Field(
-            ge=0, description="Epochs after which batch-norm statistics, and ranges that follow, stay as they are."
+            ge=0,
+            le=1,
+            description="Share of the epochs after which batch-norm statistics, and ranges that follow, stay as they "
+            "are. Frozen early, the network trains without its norms, and needs a lower learning rate.",
         ),
-    ] = 1
+    ] = 0.75
     cpu: Cpu = "here"
 
     def __post_init__(self) -> None:
@@ -262,10 +265,10 @@ class AwareTraining(Callback):
         self.shared = {name: names[id(buffer)] for name, buffer in buffers if id(buffer) in names}
         return graph.to(device)
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
         for module in self.parts.graph.modules():
             if isinstance(module, Freezable):
-                module.frozen = epoch >= self.aware.freeze_after
+                module.frozen = epoch >= self.aware.freeze_after * epochs
 
     def on_end(self, model: nn.Module) -> nn.Module:
         graph = self.parts.graph.to("cpu")

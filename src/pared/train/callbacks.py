@@ -29,8 +29,8 @@ class Callback:
     def on_ready(self, model: nn.Module) -> None:
         """All replacements are made: this is the model that trains."""
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
-        """Epoch `epoch`, counted from 0, begins; also the first one after a resumption."""
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
+        """Epoch `epoch` of `epochs`, counted from 0, begins; also the first one after a resumption."""
 
     def loss(self, current: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """The loss to go on with, given the one so far and the model's raw outputs: a mean over the samples of `batch`.

@@ -206,7 +206,7 @@ class Loop:
         epoch, total, samples = self.state.epoch, 0.0, 0
         self.model.train()
         for callback in self.callbacks:
-            callback.on_epoch_start(self.model, epoch)
+            callback.on_epoch_start(self.model, epoch, self.job.epochs)
         together = self.job.hardware.accumulate
         for index, batches in enumerate(together_at_a_time(self.task.batches("train", "Train"), together)):
             # A source that gives more batches than its length said stays on the epoch's last rate.
