@@ -1,20 +1,25 @@
 """Every kind of distillation on Fashion-MNIST, and a MobileNetV2 taught by a ResNet on CIFAR-10: accuracy on test.
 
-    python benchmarks/distillation.py --phase all --fashion FOLDER --cifar FOLDER [--jobs 14] [--device cuda]
+    python benchmarks/distillation.py --set fashion --data FOLDER [--jobs 11] [--seeds 5]
+    python benchmarks/distillation.py --set cifar --data FOLDER [--jobs 4] [--seeds 4]
 
-FOLDER of Fashion-MNIST holds the four official idx .gz files, as Debian's `dataset-fashion-mnist` installs them in
-/usr/share/datasets/fashion-mnist; FOLDER of CIFAR-10 holds train.parquet and test.parquet (Hugging Face layout), or
-cifar10.npz, which `--phase prepare` makes of them where PIL and pyarrow are. Phases, each resumable (rows are kept):
+Both may run at once. Fashion-MNIST's FOLDER holds the four official idx .gz files, as Debian's `dataset-fashion-mnist`
+installs them in /usr/share/datasets/fashion-mnist; CIFAR-10's holds train.parquet and test.parquet (Hugging Face
+layout, read with PIL and pyarrow), or cifar10.npz, which `--phase prepare` makes of them. Phases, each resumable, rows
+are kept:
 
-    teacher   trains the two teachers, into --teachers (kept out of git)
-    tune      each kind's grid on Fashion-MNIST, judged on validation
+    teacher   trains the teacher, into --teachers (kept out of git)
+    tune      the student's learning rate, then each kind's grid, judged on validation
     final     each kind with its best settings, --seeds seeds, judged on test
-    cifar     the same two phases for the MobileNetV2, with and without its teacher
-    claims    what the rows say of the issue's lines
+    claims    what the rows say of the issue's lines; no training
+    all       these four
 
 Validation is split off the official training data: 5,000 images of each set. `--device cpu` hides the GPU; jobs share
-one. `--samples 1000 --epochs 1 --quick` is a trial of the whole script on a CPU in a minute; its rows go to a folder of
-their own. All trainings are `pared.Train`; the same epochs, augmentation and schedule with and without a teacher.
+one. Students of Fashion-MNIST see images as they are, the teachers moved and mirrored ones. `--phase tune --only soft`
+says in a minute what a teacher gives on validation; other values of --width, --shift or --batch want a folder of their
+own (--out). `--samples 1000 --epochs 1 --quick` is a trial of the whole script on a CPU in minutes; its rows go to a
+folder of their own. All trainings are `pared.Train`; the same epochs, augmentation and schedule with and without a
+teacher.
 """
 
 from __future__ import annotations
@@ -31,7 +36,6 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,9 +71,11 @@ VALIDATION = 5000
 TUNING_SEEDS = (100, 101)
 ALONE, RESPONSE = "student alone", "response: soft targets"
 SETS: dict[str, dict[str, Any]] = {
-    "fashion": {"epochs": 8, "batch": 256, "lr": 0.2, "teacher_epochs": 12, "shift": 2, "size": 28, "channels": 1},
-    "cifar": {"epochs": 12, "batch": 128, "lr": 0.1, "teacher_epochs": 30, "shift": 4, "size": 32, "channels": 3},
+    "fashion": {"epochs": 8, "teacher_epochs": 20, "lr": 0.2, "shift": 2, "size": 28, "channels": 1},
+    "cifar": {"epochs": 12, "teacher_epochs": 40, "lr": 0.2, "shift": 4, "size": 32, "channels": 3},
 }
+BATCH = 256
+FILES = {"fashion": "distillation", "cifar": "distillation_cifar"}
 
 
 def features_only(item: Any) -> Distill:
@@ -107,8 +113,8 @@ GRIDS: dict[str, list[Any]] = {
         for d, t, a in ((0.99, 1, 0.5), (0.99, 4, 0.5), (0.999, 2, 0.3))
     ],
 }
-RATES = (0.1, 0.2, 0.4)
-CIFAR_GRID = [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9))]
+RATES = (0.5, 1.0, 2.0)  # of the usual one
+CIFAR = {RESPONSE: [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9))]}
 
 
 # --- data, whole on the device -----------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ class Data:
     """One data set on the device: train and validation split off the official train data, and test."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        arrays = fashion_arrays(options.fashion) if name == "fashion" else cifar_arrays(options.cifar)
+        arrays = (fashion_arrays if name == "fashion" else cifar_arrays)(options.data)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         order = np.random.default_rng(0).permutation(len(arrays["train_y"]))
         validation = order[: options.samples or VALIDATION]
@@ -215,8 +221,8 @@ class Data:
         self.test = part("test", slice(options.samples or None))
         self.form = SETS[name]
 
-    def task(self) -> pared.Task:
-        source = OnDevice(*self.train, self.statistics, batch=self.form["batch"], shift=self.form["shift"])
+    def task(self, shift: int) -> pared.Task:
+        source = OnDevice(*self.train, self.statistics, batch=OPTIONS.batch, shift=shift)
         example = torch.zeros(2, self.form["channels"], self.form["size"], self.form["size"])
         return pared.Task(example_inputs=example, train=source, loss=nn.CrossEntropyLoss())
 
@@ -243,7 +249,7 @@ def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 def fashion_student() -> nn.Module:
-    """Three convolutions, 6 thousand parameters where `--width` is 8."""
+    """Three convolutions, 29 thousand parameters where `--width` is 16."""
     width: int = OPTIONS.width
     return nn.Sequential(
         *block(1, width),
@@ -251,9 +257,9 @@ def fashion_student() -> nn.Module:
         *block(width, 2 * width),
         nn.MaxPool2d(2),
         *block(2 * width, 4 * width),
-        nn.AdaptiveAvgPool2d(1),
+        nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(4 * width, 10),
+        nn.Linear(36 * width, 10),
     )
 
 
@@ -354,14 +360,14 @@ def data_of(name: str) -> Data:
 
 
 def trained(
-    model: nn.Module, data: Data, epochs: int, lr: float, seed: int, distill: Any, dense: nn.Module
+    model: nn.Module, task: pared.Task, epochs: int, lr: float, seed: int, distill: Any, dense: nn.Module
 ) -> nn.Module:
     """The model after `pared.Train`, with or without `pared.Distill`."""
     during = () if distill is None else (distill,)
     optimizer = SGD(momentum=0.9, nesterov=True, weight_decay=5e-4)
     step = pared.Train(epochs=epochs, lr=lr, optimizer=optimizer, schedule=Cosine(warmup_epochs=0.5), during=during)
     with tempfile.TemporaryDirectory() as work:
-        ctx = Context(task=data.task(), target=None, work=Path(work), dense=dense, seed=seed)  # type: ignore[arg-type]
+        ctx = Context(task=task, target=None, work=Path(work), dense=dense, seed=seed)  # type: ignore[arg-type]
         return step.apply(model, step.plan(model, ctx), ctx)
 
 
@@ -382,7 +388,8 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     form = data.form
     if kind == "teacher":
         epochs = OPTIONS.epochs or form["teacher_epochs"]
-        model = trained(fresh_of(teacher, seed), data, epochs, 0.1, seed, None, nn.Identity())
+        task = data.task(form["shift"])
+        model = trained(fresh_of(teacher, seed), task, epochs, form["lr"], seed, None, nn.Identity())
         OPTIONS.teachers.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), teacher_file(name))
     else:
@@ -390,11 +397,11 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         if teacher_file(name).exists():
             dense.load_state_dict(load_file(teacher_file(name)))
         epochs = OPTIONS.epochs or form["epochs"]
-        model = fresh_of(student, seed)
+        model, task = fresh_of(student, seed), data.task(OPTIONS.shift if name == "fashion" else form["shift"])
         distill = job["distill"]
         if distill is not None and isinstance(distill.teacher, BornAgain):
-            model = trained(model, data, epochs, job["lr"], seed, None, dense)
-        model = trained(model, data, epochs, job["lr"], seed, distill, dense)
+            model = trained(model, task, epochs, job["lr"], seed, None, dense)
+        model = trained(model, task, epochs, job["lr"], seed, distill, dense)
     row = {key: job[key] for key in ("phase", "set", "kind", "setting", "seed", "lr") if key in job}
     counted = sum(parameter.numel() for parameter in model.parameters())
     row |= {"accuracy": data.accuracy(model, job["role"]), "role": job["role"], "params": counted}
@@ -418,10 +425,7 @@ def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse
         min(options.jobs, len(left)), mp_context=spawn, initializer=set_up, initargs=(options,)
     ) as pool:
         for done in concurrent.futures.as_completed([pool.submit(run, job) for job in left]):
-            if (error := done.exception()) is not None:
-                traceback.print_exception(error)  # the other jobs go on; this one's row is missing
-            else:
-                results.add(done.result())
+            results.add(done.result())
 
 
 # --- phases ------------------------------------------------------------------------------------------------------
@@ -441,10 +445,6 @@ def short(distill: Any) -> str:
     return json.dumps(
         {name: value for name, value in settings_of(distill).items() if value != default[name]} or "default"
     )
-
-
-def teacher_jobs(names: list[str]) -> list[dict[str, Any]]:
-    return [job_of("teacher", name, "teacher", None, 0, 0.1, "test") for name in names]
 
 
 def tuning_jobs(data: str, grids: Mapping[str, list[Any]], lr: float, seeds: Any) -> list[dict[str, Any]]:
@@ -473,23 +473,22 @@ def by_setting(results: Results, data: str, kind: str) -> dict[str, float]:
 def best_of(results: Results, data: str, kind: str, grid: list[Any]) -> Any:
     """The setting of a grid that is best on validation."""
     means = by_setting(results, data, kind)
-    return max(grid, key=lambda distill: means.get(short(distill), 0.0))
+    return max(grid, key=lambda distill: means[short(distill)])
 
 
 def tune(results: Results, data: str, grids: Mapping[str, list[Any]], options: argparse.Namespace) -> None:
-    seeds = TUNING_SEEDS[: 1 if options.quick else options.tuning_seeds]
+    seeds = TUNING_SEEDS[:1] if options.quick or data == "cifar" else TUNING_SEEDS
     lr = SETS[data]["lr"]
-    rates = (lr,) if options.quick else tuple(rate * lr / RATES[1] for rate in RATES)
+    rates = (lr,) if options.quick else tuple(rate * lr for rate in RATES)
     alone = [job_of("tune", data, ALONE, None, seed, rate, "validation") for rate in rates for seed in seeds]
     work_through(alone, results, options)
-    grids = {kind: grid[:1] if options.quick else grid for kind, grid in grids.items()}
     work_through(tuning_jobs(data, grids, best_rate(results, data), seeds), results, options)
 
 
 def final(results: Results, data: str, grids: Mapping[str, list[Any]], options: argparse.Namespace) -> None:
     lr = best_rate(results, data)
     chosen = {ALONE: None}
-    chosen |= {kind: best_of(results, data, kind, grid[:1] if options.quick else grid) for kind, grid in grids.items()}
+    chosen |= {kind: best_of(results, data, kind, grid) for kind, grid in grids.items()}
     jobs = [
         job_of("final", data, kind, distill, seed, lr, "test")
         for seed in range(options.seeds)
@@ -513,54 +512,54 @@ def gain(values: list[float], alone: list[float]) -> tuple[float, float]:
     return statistics.fmean(values) - statistics.fmean(alone), math.sqrt(spread)
 
 
-def claims(results: Results) -> None:
+def claims(results: Results, data: str) -> None:
     """What the rows say of the issue's lines."""
     results.claims = []
-    for name, bound in (("fashion", 92.5), ("cifar", 90.0)):
-        row = results.done(phase="teacher", set=name)
-        if row:
-            results.claim(ISSUE, f"accuracy of the teacher on {name}, test, %", row["accuracy"], ">=", bound)
-    found = figures(results, "fashion")
-    if ALONE in found and RESPONSE in found:
-        alone = found[ALONE]
-        points, error = gain(found[RESPONSE], alone)
-        mean, deviation = statistics.fmean(alone), statistics.stdev(alone)
-        what = f"response distillation on Fashion-MNIST, gain in points over {mean:.2f} +- {deviation:.2f} % alone"
-        results.claim(ISSUE, what, points, ">=", 0.5)
-        results.claim(ISSUE, "the same, in standard errors", points / error, ">=", 2.0)
-        others = {kind: gain(values, alone) for kind, values in found.items() if kind not in (ALONE, RESPONSE)}
-        above = sum(points >= 2 * error for points, error in others.values())
-        results.claim(ISSUE, "further kinds above the student alone by 2 standard errors", above, ">=", 3)
-        for kind, (points, error) in others.items():
-            mean, deviation = statistics.fmean(found[kind]), statistics.stdev(found[kind])
-            what = f"{kind}, {mean:.2f} +- {deviation:.2f} %: gain in points (standard error {error:.2f})"
-            results.claim(ISSUE, what, points, ">=", -statistics.stdev(alone))
-    found = figures(results, "cifar")
-    if ALONE in found and RESPONSE in found:
-        points, _ = gain(found[RESPONSE], found[ALONE])
-        mean, deviation = statistics.fmean(found[ALONE]), statistics.stdev(found[ALONE])
-        what = f"MobileNetV2 0.35 on CIFAR-10, gain in points over {mean:.2f} +- {deviation:.2f} % alone"
-        results.claim(ISSUE, what, points, ">=", 1.0)
+    row = results.done(phase="teacher", set=data)
+    if row:
+        bound = 92.5 if data == "fashion" else 90.0
+        results.claim(ISSUE, f"accuracy of the teacher on {data}, test, %", row["accuracy"], ">=", bound)
+    found = figures(results, data)
+    if ALONE not in found or RESPONSE not in found:
+        return
+    alone = found[ALONE]
+    mean, deviation = statistics.fmean(alone), statistics.stdev(alone)
+    points, error = gain(found[RESPONSE], alone)
+    student = "a small CNN on Fashion-MNIST" if data == "fashion" else "MobileNetV2 0.35 on CIFAR-10"
+    what = f"response distillation, {student}: gain in points over {mean:.2f} +- {deviation:.2f} % alone"
+    results.claim(ISSUE, what, points, ">=", 0.5 if data == "fashion" else 1.0)
+    if data == "cifar":
+        return
+    results.claim(ISSUE, "the same, in standard errors", points / error, ">=", 2.0)
+    others = {kind: gain(values, alone) for kind, values in found.items() if kind not in (ALONE, RESPONSE)}
+    above = sum(points >= 2 * error for points, error in others.values())
+    results.claim(ISSUE, "further kinds above the student alone by 2 standard errors", above, ">=", 3)
+    for kind, (points, error) in others.items():
+        own = f"{statistics.fmean(found[kind]):.2f} +- {statistics.stdev(found[kind]):.2f} %"
+        what = f"{kind}, {own}: gain in points (standard error {error:.2f})"
+        results.claim(ISSUE, what, points, ">=", -deviation)
 
 
-def summarise(results: Results) -> None:
+def summarise(results: Results, data: str) -> None:
     """Print a line for each kind."""
-    for data in ("fashion", "cifar"):
-        found = figures(results, data)
-        for kind, values in found.items():
-            if len(values) > 1 and len(found.get(ALONE, ())) > 1:
-                points, error = gain(values, found[ALONE])
-                mean, deviation = statistics.fmean(values), statistics.stdev(values)
-                text = (
-                    f"{data:8} {kind:34} {mean:6.2f} +- {deviation:.2f}   {points:+.2f} ({error:.2f}) n={len(values)}"
-                )
-                sys.stdout.write(text + "\n")
+    for kind, values in figures(results, data).items():
+        alone = figures(results, data).get(ALONE, [])
+        if len(values) > 1 and len(alone) > 1:
+            points, error = gain(values, alone)
+            mean, deviation = statistics.fmean(values), statistics.stdev(values)
+            text = f"{kind:34} {mean:6.2f} +- {deviation:.2f}   {points:+.2f} ({error:.2f}) n={len(values)}"
+            sys.stdout.write(text + "\n")
+    if not figures(results, data):
+        kinds = dict.fromkeys(row["kind"] for row in results.rows if row["phase"] == "tune")
+        for kind in kinds:
+            for setting, mean in by_setting(results, data, kind).items():
+                sys.stdout.write(f"{mean:6.2f}  {kind}  {setting}\n")
 
 
 def read(options: argparse.Namespace) -> Results:
     """The rows so far, whatever machine they came from: a row says its device, and claims are made of rows."""
     folder = options.out / "trial" if options.quick else options.out
-    results = Results("distillation", fresh=options.fresh, folder=folder)
+    results = Results(FILES[options.set], fresh=options.fresh, folder=folder)
     if results.path.exists() and not options.fresh:
         stored = json.loads(results.path.read_text(encoding="utf8"))
         results.rows, results.environment = stored["rows"], stored["environment"]
@@ -569,18 +568,17 @@ def read(options: argparse.Namespace) -> Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    phases = ("all", "prepare", "teacher", "tune", "final", "cifar-alone", "cifar", "claims")
-    parser.add_argument("--phase", choices=phases, default="all")
-    parser.add_argument("--fashion", type=Path, default=FOLDER)
-    parser.add_argument("--cifar", type=Path, help="without it, CIFAR-10 is left out")
+    parser.add_argument("--set", choices=tuple(SETS), default="fashion")
+    parser.add_argument("--data", type=Path, default=FOLDER)
+    parser.add_argument("--phase", choices=("all", "prepare", "teacher", "tune", "final", "claims"), default="all")
     parser.add_argument("--teachers", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of each process, on the CPU")
-    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cifar-seeds", type=int, default=4)
-    parser.add_argument("--width", type=int, default=8, help="channels of the first layer of Fashion-MNIST's student")
+    parser.add_argument("--width", type=int, default=16, help="channels of the first layer of Fashion-MNIST's student")
+    parser.add_argument("--shift", type=int, default=0, help="pixels that Fashion-MNIST's students see images moved by")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--samples", type=int, default=0, help="only so many of each part")
     parser.add_argument("--epochs", type=int, default=0, help="instead of the usual ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -591,26 +589,22 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.phase == "prepare":
-        np.savez(options.cifar / "cifar10.npz", **cifar_arrays(options.cifar))
+        np.savez(options.data / "cifar10.npz", **cifar_arrays(options.data))
         return
-    results = read(options)
-    grids = {k: g for k, g in GRIDS.items() if not options.only or any(word in k for word in options.only)}
-    sets = ["fashion", "cifar"] if options.cifar else ["fashion"]
+    results, data = read(options), options.set
+    grids = GRIDS if data == "fashion" else CIFAR
+    grids = {k: g for k, g in grids.items() if not options.only or any(word in k for word in options.only)}
+    grids = {kind: grid[:1] if options.quick else grid for kind, grid in grids.items()}
+    lr = SETS[data]["lr"]
     if options.phase in ("all", "teacher"):
-        work_through(teacher_jobs(sets), results, options)
+        work_through([job_of("teacher", data, "teacher", None, 0, lr, "test")], results, options)
     if options.phase in ("all", "tune"):
-        tune(results, "fashion", grids, options)
+        tune(results, data, grids, options)
     if options.phase in ("all", "final"):
-        final(results, "fashion", grids, options)
-    if options.phase == "cifar-alone":  # what needs no teacher, to be run while it trains
-        tune(results, "cifar", {}, options)
-    if options.phase in ("all", "cifar") and options.cifar:
-        tune(results, "cifar", {RESPONSE: CIFAR_GRID}, options)
-        seeds = argparse.Namespace(**{**vars(options), "seeds": options.cifar_seeds})
-        final(results, "cifar", {RESPONSE: CIFAR_GRID}, seeds)
+        final(results, data, grids, options)
     if options.phase in ("all", "claims"):
-        claims(results)
-    summarise(results)
+        claims(results, data)
+    summarise(results, data)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ COVERING = {
     "QuantizeWeights": ["attention_fused_qkv", "tied_weights", "grouped", "lstm"],
     "QuantizeDynamic": ["attention_fused_qkv", "tied_weights", "lstm"],
     "QuantizeAware": ["residual_add", "tied_weights", "dict_output"],
+    "Distill": ["residual_add", "tied_weights", "dict_output"],
 }
 SHIPPED = {
     "Train": ["tied_weights"],
@@ -54,6 +55,7 @@ SHIPPED = {
     "QuantizeWeights": ["tied_weights"],
     "QuantizeDynamic": ["tied_weights"],
     "QuantizeAware": ["module_with_two_names"],
+    "Distill": ["tied_weights"],
 }
 
 

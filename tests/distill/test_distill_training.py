@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def test_loss_is_the_mix_of_the_paper_when_a_teacher_is_fixed(ready: Callable[..
 
 def test_a_teacher_in_train_mode_teaches_in_eval_mode(ready: Callable[..., Any], make_context: MakeContext) -> None:
     callback, _, ctx = ready(Distill(teacher=Offline(name="big")))
-    callback.task.teachers["big"].train()
+    ctx.task.teachers["big"].train()
     again = Distill(teacher=Offline(name="big")).callback(Plan("Distill", facts=callback.facts), ctx)
     assert isinstance(again, Taught)
     again.on_start(nn.Linear(1, 1))
@@ -409,3 +410,28 @@ def test_students_learn_when_only_the_teacher_knows(model: nn.Module, make_conte
         trained = train(distill, model, ctx, **rest).eval()
         found.append(sum(int((trained(x).argmax(1) == y).sum()) for x, y in data) / 24)
     assert found[1] > max(0.7, found[0] + 0.2)
+
+
+def in_pairs(output: Tensor) -> Tensor:
+    return output
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_callback_can_be_sent_to_another_process(name: str, model: nn.Module, make_context: MakeContext) -> None:
+    # Data, metrics and progress of the run, which need not be sendable, stay where they are.
+    ctx = make_context(output=in_pairs, metrics=lambda output, target: 0.0, progress=lambda *given: None)
+    callback = KINDS[name].callback(KINDS[name].plan(model, ctx), ctx)
+    again: Any = pickle.loads(pickle.dumps(callback))  # noqa: S301 - our own bytes
+    trained = again.on_start(copy.deepcopy(model))
+    again.on_ready(trained)
+    again.on_epoch_start(trained, 0)
+    batch = first(ctx)
+    out = trained(*batch.inputs.args)
+    assert torch.isfinite(again.loss(F.cross_entropy(out, batch.target), batch, out))
+
+
+def test_losses_keep_their_digits_when_precision_is_mixed(model: nn.Module, make_context: MakeContext) -> None:
+    rest: dict[str, Any] = {"hardware": {"precision": "bf16"}}
+    for name in ("knowledge", "exits", "online"):
+        trained = train(KINDS[name], model, make_context(work=make_context().work / name), **rest)
+        assert all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters())

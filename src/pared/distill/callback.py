@@ -16,7 +16,7 @@ from pared.distill.teachers import AverageTeacher, BornAgain, Offline, frozen, n
 from pared.distill.terms import Features, Term, make_term
 from pared.errors import DataError, PlanError, TrainError, UsageError
 from pared.step import Context, Plan
-from pared.task import Batch, Inputs, call
+from pared.task import Batch, Inputs, Task, call
 from pared.train.callbacks import Callback
 from pared.train.step import is_exported
 from pared.train.taps import Taps
@@ -35,7 +35,10 @@ class Distilling(Callback):
     """
 
     def __init__(self, settings: Distill, plan: Plan, ctx: Context) -> None:
-        self.settings, self.facts, self.ctx, self.task = settings, plan.facts, ctx, ctx.task
+        self.settings, self.facts, self.work = settings, plan.facts, ctx.work
+        # Of the task only what is asked of it, so that this callback can be sent to other processes.
+        given = ctx.task
+        self.task = Task(example_inputs=given.example_inputs, loss=given.loss, output=given.output)
         self.own = nn.ModuleDict()  # what trains beside the student, and goes when the training ends
         self.device = torch.device("cpu")
         self.flaws: Tensor | None = None
@@ -105,6 +108,9 @@ class Taught(Distilling):
     def __init__(self, settings: Distill, plan: Plan, ctx: Context) -> None:
         super().__init__(settings, plan, ctx)
         self.pairs = [[Pair.from_json(pair) for pair in pairs] for pairs in self.facts["pairs"]]
+        fixed, self.live = settings.teacher, nn.Module()
+        if isinstance(fixed, Offline):
+            self.live = named_teacher(fixed.name, ctx.dense, ctx.task.teachers)
         self.teacher: nn.Module = nn.Identity()
         self.taps: Taps | None = None
         self.teacher_taps: Taps | None = None
@@ -116,8 +122,7 @@ class Taught(Distilling):
         super().on_start(model)
         kind = self.settings.teacher
         if isinstance(kind, Offline):
-            teacher = named_teacher(kind.name, self.ctx.dense, self.task.teachers)
-            self.teacher = frozen(teacher, self.device)
+            self.teacher = frozen(self.live, self.device)
             self.cached = self.open_cache() if kind.cache else None
         elif isinstance(kind, BornAgain):
             if is_exported(model):
@@ -145,7 +150,7 @@ class Taught(Distilling):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise UsageError("Offline(cache=True): several processes cannot fill one cache; set cache=False")
         name = self.facts["teacher_id"]
-        path = self.ctx.work / f"teacher-{name[:16]}.rows"
+        path = self.work / f"teacher-{name[:16]}.rows"
         return CachedOutputs(OutputCache(path, name, tuple(self.facts["output"])))
 
     def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
@@ -172,8 +177,9 @@ class Taught(Distilling):
             raise DataError(f"the student's outputs are {tuple(student.shape)}, the teacher's {tuple(taught.shape)}")
         total = self.mix(current, student, self.sound(taught), batch.target)
         own = self.taps.take() if self.taps is not None else {}
-        for term in self.terms:
-            total = total + term(own, features, batch.target)
+        with torch.autocast(student.device.type, enabled=False):  # products of samples need all their digits
+            for term in self.terms:
+                total = total + term(own, features, batch.target)
         return total
 
     @torch.no_grad()

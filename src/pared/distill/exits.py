@@ -34,7 +34,7 @@ class Exit(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(classes, features), both with the batch first."""
-        found = pool(self.body(full(x)))
+        found = pool(self.body(x))
         return self.classify(found), found
 
 
@@ -72,7 +72,7 @@ class Exits(Distilling):
         deepest = pool(full(found[self.facts["deepest"]["layer"]])).detach()
         hint = getattr(self.settings.teacher, "hint", 0.0)
         for name, leave in zip(self.names, self.own["exits"], strict=True):  # type: ignore[call-overload]
-            said, features = leave(found[name])
+            said, features = leave(full(found[name]))
             current = current + self.mix(self.judge(said, batch.target), said, taught, batch.target)
             if hint:
                 current = current + hint * F.mse_loss(features, deepest)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from pared.distill.callback import Distilling, tensors_of
 from pared.distill.teachers import Online, fresh, named_teacher
 from pared.errors import PlanError
+from pared.step import Context, Plan
 from pared.surgery import duplicate
 from pared.task import Batch, call
 from pared.train.step import is_exported
+
+if TYPE_CHECKING:
+    from pared.distill.step import Distill
 
 
 class Peers(Distilling):
@@ -24,18 +28,18 @@ class Peers(Distilling):
     instead of each in turn.
     """
 
+    def __init__(self, settings: Distill, plan: Plan, ctx: Context) -> None:
+        super().__init__(settings, plan, ctx)
+        wanted = settings.teacher.peers if isinstance(settings.teacher, Online) else ()
+        self.fresh = wanted if isinstance(wanted, int) else 0
+        names = () if isinstance(wanted, int) else wanted
+        self.live = [named_teacher(name, ctx.dense, ctx.task.teachers) for name in names]
+
     def on_start(self, model: nn.Module) -> nn.Module:
         super().on_start(model)
-        kind = self.settings.teacher
-        wanted = kind.peers if isinstance(kind, Online) else ()
-        if isinstance(wanted, int):
-            if is_exported(model):
-                raise PlanError(
-                    "Distill: put it before QuantizeAware in `during`, where there are still layers to copy"
-                )
-            peers = [fresh(model) for _ in range(wanted)]
-        else:
-            peers = [duplicate(named_teacher(name, self.ctx.dense, self.task.teachers)) for name in wanted]
+        if self.fresh and is_exported(model):
+            raise PlanError("Distill: put it before QuantizeAware in `during`, where there are still layers to copy")
+        peers = [fresh(model) for _ in range(self.fresh)] or [duplicate(peer) for peer in self.live]
         self.own["peers"] = nn.ModuleList(peer.requires_grad_(True) for peer in peers).to(self.device)
         self.judge = self.criterion()
         return model
