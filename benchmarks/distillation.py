@@ -180,11 +180,16 @@ def fashion_arrays(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def cifar_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The train and test images, uint8, and their labels, from cifar10.npz or the parquet files."""
-    if (folder / "cifar10.npz").exists():
-        with np.load(folder / "cifar10.npz") as stored:
-            return dict(stored)
+def cifar_arrays(folder: Path, decoded: Path | None = None) -> dict[str, np.ndarray]:
+    """The train and test images, uint8, and their labels, from cifar10.npz or the parquet files.
+
+    Args:
+        decoded: Folder where cifar10.npz is left for the processes that come later.
+    """
+    for place in (folder, decoded):
+        if place is not None and (place / "cifar10.npz").exists():
+            with np.load(place / "cifar10.npz") as stored:
+                return dict(stored)
     import pyarrow.parquet
     from PIL import Image
 
@@ -195,6 +200,11 @@ def cifar_arrays(folder: Path) -> dict[str, np.ndarray]:
         images = np.stack([np.asarray(Image.open(io.BytesIO(item)).convert("RGB")) for item in encoded])
         found[f"{name}_x"] = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         found[f"{name}_y"] = table["label"].to_numpy().astype(np.int64)
+    if decoded is not None:
+        decoded.mkdir(parents=True, exist_ok=True)
+        part = decoded / f"cifar10-{os.getpid()}.npz"
+        np.savez(part, **found)
+        part.replace(decoded / "cifar10.npz")
     return found
 
 
@@ -202,7 +212,8 @@ class Data:
     """One data set on the device: train and validation split off the official train data, and test."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        arrays = (fashion_arrays if name == "fashion" else cifar_arrays)(options.data)
+        fashion = name == "fashion"
+        arrays = fashion_arrays(options.data) if fashion else cifar_arrays(options.data, options.teachers)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         order = np.random.default_rng(0).permutation(len(arrays["train_y"]))
         validation = order[: options.samples or VALIDATION]
@@ -344,6 +355,7 @@ NETWORKS = {"fashion": (fashion_student, fashion_teacher), "cifar": (cifar_stude
 
 OPTIONS: argparse.Namespace
 LOADED: dict[str, Data] = {}
+POOL: list[concurrent.futures.ProcessPoolExecutor] = []
 
 
 def set_up(options: argparse.Namespace) -> None:
@@ -393,9 +405,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         OPTIONS.teachers.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), teacher_file(name))
     else:
+        if not teacher_file(name).exists():
+            raise FileNotFoundError(f"no teacher at {teacher_file(name)}; run --phase teacher first")
         dense = teacher()
-        if teacher_file(name).exists():
-            dense.load_state_dict(load_file(teacher_file(name)))
+        dense.load_state_dict(load_file(teacher_file(name)))
         epochs = OPTIONS.epochs or form["epochs"]
         model, task = fresh_of(student, seed), data.task(OPTIONS.shift if name == "fashion" else form["shift"])
         distill = job["distill"]
@@ -420,12 +433,17 @@ def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse
         for job in left:
             results.add(run(job))
         return
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        min(options.jobs, len(left)), mp_context=spawn, initializer=set_up, initargs=(options,)
-    ) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(run, job) for job in left]):
-            results.add(done.result())
+    for done in concurrent.futures.as_completed([workers(options).submit(run, job) for job in left]):
+        results.add(done.result())
+
+
+def workers(options: argparse.Namespace) -> concurrent.futures.ProcessPoolExecutor:
+    """The processes, which keep the data on the device from phase to phase."""
+    if not POOL:
+        spawn = multiprocessing.get_context("spawn")
+        rest: dict[str, Any] = {"mp_context": spawn, "initializer": set_up, "initargs": (options,)}
+        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, **rest))
+    return POOL[0]
 
 
 # --- phases ------------------------------------------------------------------------------------------------------
@@ -589,7 +607,7 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.phase == "prepare":
-        np.savez(options.data / "cifar10.npz", **cifar_arrays(options.data))
+        cifar_arrays(options.data, options.data)
         return
     results, data = read(options), options.set
     grids = GRIDS if data == "fashion" else CIFAR
@@ -605,6 +623,8 @@ def main() -> None:
     if options.phase in ("all", "claims"):
         claims(results, data)
     summarise(results, data)
+    for pool in POOL:
+        pool.shutdown()
 
 
 if __name__ == "__main__":
