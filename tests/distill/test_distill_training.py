@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pared.distill import (
     Attention,
@@ -31,8 +31,10 @@ from pared.distill.callback import Distilling, Taught
 from pared.distill.exits import Exits
 from pared.distill.peers import Peers
 from pared.errors import DataError, PlanError, TrainError, UsageError
+from pared.quantize.aware import QuantizeAware
 from pared.seeding import seed_all
 from pared.step import Context, Plan
+from pared.targets.onnxruntime import OnnxRuntime
 from pared.task import Batch, as_inputs
 from pared.train.callbacks import Callback
 from pared.train.optimizers import SGD
@@ -435,3 +437,17 @@ def test_losses_keep_their_digits_when_precision_is_mixed(model: nn.Module, make
     for name in ("knowledge", "exits", "online"):
         trained = train(KINDS[name], model, make_context(work=make_context().work / name), **rest)
         assert all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters())
+
+
+def test_a_quantized_student_learns_from_a_float_teacher_when_both_are_in_one_training(
+    model: nn.Module, make_context: MakeContext
+) -> None:
+    data = make_context().task.train
+    ctx = make_context(target=OnnxRuntime(), calibration=data)
+    found = []
+    for extra in ([], [Distill(teacher=Offline(name="big"), knowledge=[Hint(), Similarity()])]):
+        trained = apply(Train(epochs=1, lr=0.01, during=[*extra, QuantizeAware()]), model, ctx)
+        assert isinstance(trained, fx.GraphModule)
+        assert not [node for node in trained.graph.nodes if "tap_" in str(node.target)]
+        found.append(trained(data[0][0]))
+    assert not torch.equal(*found)
