@@ -83,13 +83,17 @@ def features_only(item: Any) -> Distill:
     return Distill(response="none", knowledge=(item,))
 
 
-# Each kind's grid; the first entry is what a quick trial takes. The student alone tunes its learning rate, and all
-# kinds train with the rate that is best for it.
+# Each kind's grid; a quick trial takes the first entry alone. The student alone tunes its learning rate, and the kinds
+# train with the one that is best for it, or, where a number stands beside the settings, that part of it: outputs that
+# are compared at a high temperature have steeper gradients than labels.
 GRIDS: dict[str, list[Any]] = {
-    RESPONSE: [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9), (2, 0.9))],
+    RESPONSE: [
+        *(Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (2, 0.9), (2, 0.5), (1, 0.9))),
+        *((Distill(temperature=t, alpha=0.9), 0.5) for t in (2, 4, 8)),
+    ],
     "response: decoupled": [
-        Distill(response="decoupled", temperature=t, alpha=a, beta=b)
-        for t, a, b in ((4, 0.5, 2), (4, 0.5, 8), (2, 0.5, 2), (4, 0.9, 1))
+        *(Distill(response="decoupled", temperature=t, alpha=0.5, beta=b) for t, b in ((2, 1), (2, 4), (1, 2))),
+        *((Distill(response="decoupled", temperature=t, alpha=0.5, beta=b), 0.5) for t, b in ((4, 1), (4, 4))),
     ],
     "features: hints": [features_only(Hint(weight=w)) for w in (0.1, 1.0, 10.0)],
     "features: attention transfer": [features_only(Attention(weight=w)) for w in (1.0, 10.0, 0.1)],
@@ -114,7 +118,12 @@ GRIDS: dict[str, list[Any]] = {
     ],
 }
 RATES = (0.5, 1.0, 2.0)  # of the usual one
-CIFAR = {RESPONSE: [Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (8, 0.9))]}
+CIFAR: dict[str, list[Any]] = {
+    RESPONSE: [
+        *(Distill(temperature=t, alpha=a) for t, a in ((4, 0.9), (4, 0.5), (2, 0.9), (1, 0.9))),
+        (Distill(temperature=4, alpha=0.9), 0.5),
+    ]
+}
 
 
 # --- data, whole on the device -----------------------------------------------------------------------------------
@@ -449,17 +458,20 @@ def workers(options: argparse.Namespace) -> concurrent.futures.ProcessPoolExecut
 # --- phases ------------------------------------------------------------------------------------------------------
 
 
-def job_of(phase: str, data: str, kind: str, distill: Any, seed: int, lr: float, role: str) -> dict[str, Any]:
-    setting = "" if distill is None else short(distill)
-    if kind == ALONE:
-        setting = f"lr {lr}"
-    rest = {"setting": setting, "seed": seed, "lr": lr, "role": role, "distill": distill}
+def job_of(phase: str, data: str, kind: str, choice: Any, seed: int, lr: float, role: str) -> dict[str, Any]:
+    distill, part = choice if isinstance(choice, tuple) else (choice, 1.0)
+    setting = f"lr {lr}" if kind == ALONE else short(choice)
+    rest = {"setting": setting, "seed": seed, "lr": lr * part, "role": role, "distill": distill}
     return {"phase": phase, "set": data, "kind": kind, **rest}
 
 
-def short(distill: Any) -> str:
-    """The settings that differ from the defaults, as one line."""
-    default = settings_of(Distill())
+def short(choice: Any) -> str:
+    """The settings that differ from the defaults, as one line, and the part of the learning rate."""
+    if choice is None:
+        return ""
+    if isinstance(choice, tuple):
+        return f"{short(choice[0])}, {choice[1]} of the rate"
+    distill, default = choice, settings_of(Distill())
     return json.dumps(
         {name: value for name, value in settings_of(distill).items() if value != default[name]} or "default"
     )
