@@ -106,7 +106,7 @@ GRIDS: dict[str, list[Any]] = {
     ],
     "relations: similarities": [features_only(Similarity(weight=w)) for w in (30.0, 300.0, 3000.0)],
     "online: two peers": [
-        Distill(teacher=Online(peers=1), temperature=t, alpha=a) for t, a in ((1, 0.5), (3, 0.5), (4, 0.9))
+        Distill(teacher=Online(peers=1), temperature=t, alpha=a) for t, a in ((1, 0.2), (2, 0.3), (1, 0.5))
     ],
     "self: exits": [Distill(teacher=SelfDeep(), temperature=t, alpha=a) for t, a in ((3, 0.3), (3, 0.7), (1, 0.1))],
     "self: born again": [
@@ -114,7 +114,7 @@ GRIDS: dict[str, list[Any]] = {
     ],
     "self: average": [
         Distill(teacher=AverageTeacher(decay=d), temperature=t, alpha=a)
-        for d, t, a in ((0.99, 1, 0.5), (0.99, 4, 0.5), (0.999, 2, 0.3))
+        for d, t, a in ((0.99, 1, 0.2), (0.9, 1, 0.3), (0.99, 2, 0.5))
     ],
 }
 RATES = (0.5, 1.0, 2.0)  # of the usual one

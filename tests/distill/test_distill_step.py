@@ -105,7 +105,7 @@ def test_plan_lists_the_pairs_and_exits_that_were_chosen(model: nn.Module, make_
     assert relational == [{"student": "7", "teacher": "7", "student_shape": [8], "teacher_shape": [16]}]
     plan = Distill(teacher="deep").plan(model, make_context())
     assert plan.facts["exits"] == [{"layer": "2", "shape": [4, 8, 8]}]
-    assert plan.facts["deepest"] == {"layer": "7", "shape": [8]}
+    assert plan.facts["deepest"] == {"layer": "5", "shape": [8, 4, 4]}
     named = Distill(teacher=SelfDeep(exits=["[12]"])).plan(model, make_context())
     assert [item["layer"] for item in named.facts["exits"]] == ["1", "2"]
 

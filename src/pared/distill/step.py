@@ -172,10 +172,8 @@ def exits_of(student: Anatomy, deep: SelfDeep) -> dict[str, Any]:
             f"teacher 'deep' needs outputs (samples, classes) with layers before them, found "
             f"{tuple(student.output.shape)} and {len(student.inner)} layers; choose another teacher"
         )
-    deepest = student.inner[-1]
-    places = stages(student)
-    # The stage that ends in the deepest features is what the model's own classifier reads.
-    auto = [name for name in places[:-1] if name != deepest]
+    # Not the last layer of all: images that are made one long vector there would ask for exits as wide.
+    *auto, deepest = stages(student)
     chosen = [name for pattern in deep.exits for name in matches(student, pattern, "student")] if deep.exits else auto
     if not chosen:
         raise PlanError(
