@@ -1,9 +1,9 @@
 """Quantization-aware training against post-training quantization, at 8 and 4 bits, on Fashion-MNIST and CIFAR-10.
 
-    python benchmarks/aware.py --fashion FOLDER --cifar FOLDER --teachers FOLDER [--jobs 8] [--device cuda]
+    python benchmarks/aware.py [--set fashion | cifar] [--data FOLDER] --teachers FOLDER [--jobs 8] [--device cuda]
 
-FOLDERs of data are those of `distillation.py`, whose CIFAR-10 teacher, in --teachers, is the float network there; that
-of Fashion-MNIST is the zoo's `fashion_cnn`, trained here, one for each seed. Settings are chosen on validation, with a
+The data are those of `distillation.py`, whose CIFAR-10 teacher, in --teachers, is the float network there; that of
+Fashion-MNIST is the zoo's `fashion_cnn`, trained here, one for each seed. Settings are chosen on validation, with a
 seed of their own; accuracy on test is of the quantized program. Rows are kept, so a stopped run goes on.
 `--samples 500 --epochs 1 --quick` is a trial of the whole script.
 """
@@ -69,9 +69,9 @@ def float_model(name: str, seed: int) -> nn.Module:
 
 def train_float(data: base.Data, seed: int) -> nn.Module:
     """Train `fashion_cnn`, and keep it."""
-    model = base.trained(
-        base.fresh_of(fashion_cnn, seed), data, base.OPTIONS.epochs or FLOAT_EPOCHS, 0.2, seed, None, nn.Identity()
-    )
+    epochs = base.OPTIONS.epochs or FLOAT_EPOCHS
+    fresh = base.fresh_of(fashion_cnn, seed)
+    model = base.trained(fresh, data.task(data.form["shift"]), epochs, 0.2, seed, None, nn.Identity())
     float_file("fashion", seed).parent.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), float_file("fashion", seed))
     return model
@@ -105,7 +105,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         model = train_float(data, seed) if name == "fashion" else float_model(name, seed)
     else:
         model = float_model(name, seed)
-        task = data.task()
+        task = data.task(data.form["shift"])
         images = data.train[0][:512].float().cpu() / 255
         mean, deviation = (part.cpu() for part in data.statistics)
         task = pared.Task(
@@ -203,9 +203,9 @@ def claims(results: Results, names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fashion", type=Path, default=base.FOLDER)
-    parser.add_argument("--cifar", type=Path, help="without it, CIFAR-10 is left out")
-    parser.add_argument("--sets", nargs="*", choices=("fashion", "cifar"), default=["fashion", "cifar"])
+    parser.add_argument("--set", choices=("fashion", "cifar"), default="fashion")
+    parser.add_argument("--data", type=Path, default=base.FOLDER)
+    parser.add_argument("--batch", type=int, default=base.BATCH)
     parser.add_argument("--teachers", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1)
@@ -223,25 +223,17 @@ def main() -> None:
     if results.path.exists():
         # The rows so far, whatever machine they came from: a row says its device.
         results.rows = json.loads(results.path.read_text(encoding="utf8"))["rows"]
-    names = options.sets if options.cifar else ["fashion"]
+    name, seeds = options.set, range(options.seeds)
     if not options.claims:
-        seeds = range(options.seeds)
-        if "fashion" in names:
-            work_through([job_of("tune", "fashion", "float", 32, TUNING_SEED, {})], results, options)
-        work_through(
-            [job_of("final", name, "float", 32, seed, {}) for name in names for seed in seeds], results, options
-        )
-        tuned = [
-            ("aware", name, bits, setting)
-            for name in names
-            for bits in BITS
-            for setting in GRID[name][: 2 if options.quick else None]
-        ]
-        work_through([job_of("tune", n, method, b, TUNING_SEED, s) for method, n, b, s in tuned], results, options)
-        last = [job_of("final", n, "aware", b, s, best(results, n, b)) for n in names for b in BITS for s in seeds]
-        last += [job_of("final", n, "post-training", b, s, {}) for n in names for b in BITS for s in seeds]
+        floats = [job_of("tune", name, "float", 32, TUNING_SEED, {})] if name == "fashion" else []
+        work_through([*floats, *(job_of("final", name, "float", 32, seed, {}) for seed in seeds)], results, options)
+        grid = GRID[name][: 2 if options.quick else None]
+        tuned = [job_of("tune", name, "aware", bits, TUNING_SEED, setting) for bits in BITS for setting in grid]
+        work_through(tuned, results, options)
+        last = [job_of("final", name, "aware", b, s, best(results, name, b)) for b in BITS for s in seeds]
+        last += [job_of("final", name, "post-training", b, s, {}) for b in BITS for s in seeds]
         work_through(last, results, options)
-    claims(results, names)
+    claims(results, [n for n in ("fashion", "cifar") if values(results, n, "post-training", 4)])
 
 
 if __name__ == "__main__":
