@@ -7,9 +7,11 @@ post-training quantization too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -32,6 +34,7 @@ from pared.quantize.ranges import MSE, RANGES, AnyRanges
 from pared.quantize.static import Name, explained, named_ranges
 from pared.quantize.verdict import warnings_of, work_of
 from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
+from pared.targets import find_target
 from pared.task import Task
 from pared.train.callbacks import Callback
 
@@ -253,7 +256,7 @@ class AwareTraining(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"memo": {}}
 
-    def on_start(self, model: nn.Module) -> nn.Module:
+    def on_start(self, model: nn.Module) -> fx.GraphModule:
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         self.model = model.to("cpu")
         base = prepared(self.aware, model, self.ctx)
@@ -266,9 +269,7 @@ class AwareTraining(Callback):
         return graph.to(device)
 
     def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
-        for module in self.parts.graph.modules():
-            if isinstance(module, Freezable):
-                module.frozen = epoch >= self.aware.freeze_after * epochs
+        freeze(model, frozen=epoch >= self.aware.freeze_after * epochs)
 
     def on_end(self, model: nn.Module) -> nn.Module:
         graph = self.parts.graph.to("cpu")
@@ -302,3 +303,39 @@ class AwareTraining(Callback):
             codes[anchor.node] = Code(values, scale, zeros, layer.call.axis, bias, key)
         emit(base.graph, base.placement, qparams, grids, codes, scheme)
         return base.graph
+
+
+def begin(
+    model: nn.Module,
+    task: Task,
+    aware: QuantizeAware = QuantizeAware(),  # noqa: B008 - frozen
+    target: str = "onnxruntime",
+) -> tuple[fx.GraphModule, Callable[[], nn.Module]]:
+    """Quantization-aware training in a loop of your own.
+
+    Args:
+        model: Trained, or not yet. It is not changed.
+        task: Gives the example inputs and `calibration` data.
+        aware: The settings; when norms are frozen is up to the loop, by `freeze`.
+        target: The runtime that it will ship on.
+
+    Returns:
+        The graph to train, called as the model is, with modes and parameters as any module; and what, called at the
+        end, gives the quantized program.
+
+    Raises:
+        PlanError: Nothing would be quantized.
+        CaptureError: The model cannot be captured.
+        DataError: Calibration data are missing or unusable.
+    """
+    ctx = Context(task=task, target=find_target(target), work=Path(), dense=model)
+    training = AwareTraining(aware, aware.plan(model, ctx), ctx)
+    graph = training.on_start(copy.deepcopy(model))
+    return graph, lambda: training.on_end(graph)
+
+
+def freeze(graph: nn.Module, *, frozen: bool = True) -> None:
+    """Keep batch-norm statistics, and ranges that follow the data, of a graph that trains as they are."""
+    for module in graph.modules():
+        if isinstance(module, Freezable):
+            module.frozen = frozen
