@@ -266,6 +266,7 @@ def test_ranges_come_from_post_training_quantization_when_the_recipe_had_it(tmp_
     assert plan.facts["during"][0]["facts"]["start"] == "post-training"
     assert plan.facts["during"][0]["facts"]["ranges"] == ranges
     assert not step.trains
+    assert plan.facts["folded"] == ["1"]  # what the report's table of layers looks for
     # Repairs that changed the weights changed the ranges with them.
     moved = dataclasses.replace(done, facts={"ranges": ranges, "equalized": {"conv2d": 1}})
     assert EIGHT.plan(model, context(model, tmp_path, history=(moved,))).facts["start"] == "calibration"

@@ -118,7 +118,7 @@ def test_plan_reads_only_and_is_json_when_made(model: nn.Module, make_context: M
     assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
     assert plan.edits == ()
     trained = 6 * 8 + 8 + 16 + 18
-    nothing = {"keep_zeros": [], "during": [], "warnings": []}
+    nothing = {"keep_zeros": [], "during": [], "folded": [], "warnings": []}
     assert plan.facts == {"epochs": 2, "trained_params": trained} | nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not ctx.work.exists()

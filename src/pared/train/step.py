@@ -119,13 +119,15 @@ class Train:
         parts = [technique.plan(model, ctx) for technique in self.during]
         lost = (Skip(name, "its masked weights are gone, so no zeros to keep") for name in gone)
         facts = {"epochs": self.epochs, "trained_params": trained, "keep_zeros": kept}
-        warnings = [text for part in parts for text in part.facts.get("warnings", ())]
+        facts |= {
+            name: [item for part in parts for item in part.facts.get(name, ())] for name in ("folded", "warnings")
+        }
         return Plan(
             step="Train",
             settings=settings_of(self),
             edits=tuple(edit for part in parts for edit in part.edits),
             skips=(*lost, *(skip for part in parts for skip in part.skips)),
-            facts=facts | {"during": [part.to_json() for part in parts], "warnings": warnings},
+            facts=facts | {"during": [part.to_json() for part in parts]},
             estimate=any(part.estimate for part in parts),
         )
 
