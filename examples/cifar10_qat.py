@@ -2,7 +2,7 @@
 
 QuantStub, DeQuantStub, FloatFunctional and fuse_modules are dropped: what runs in integers is read from the graph.
 
-    python examples/cifar10_qat.py FOLDER   # which holds train.parquet and test.parquet; writes runs/cifar10_qat
+    python examples/cifar10_qat.py FOLDER   # holds train.parquet and test.parquet; about half an hour on two cores
 """
 
 import sys
@@ -61,7 +61,7 @@ def cifar10(folder: Path, train: int = 45_000) -> pared.Task:
     )
 
 
-def main(task: pared.Task, out: Path, epochs: int = 10, tune: int = 3, widths=(16, 32, 64)) -> dict[str, float]:
+def main(task: pared.Task, out: Path, epochs: int = 6, tune: int = 2, widths=(16, 32, 64)) -> dict[str, float]:
     """Accuracy on test data of the float file, of the file quantized after training, and of the one trained for it."""
     steps = [pared.Train(epochs=epochs, lr=0.05), pared.QuantizeStatic()]
     pared.compress(Network(widths), steps, task, budget=ANY, out=out / "static")
