@@ -28,6 +28,7 @@ from zoo_models import ZOO
 # Patterns that a step has nothing to do on, with what it says of them.
 REFUSED = {
     ("Train", "frozen_parameters"): "no parameter requires a gradient",
+    ("Distill", "frozen_parameters"): "no parameter requires a gradient",
 }
 # Settings that measure, and change nothing by themselves.
 MEASURES = {("QuantizeStatic", "sensitivity")}

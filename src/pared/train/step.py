@@ -108,7 +108,7 @@ class Train:
         if self.log_dir is not None:
             check_tensorboard()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        if trained == 0 and not self.during:
+        if trained == 0 and self.trains:  # what changes the structure may bring parameters that are worth training
             raise PlanError("Train: no parameter requires a gradient; unfreeze some with parameter.requires_grad_()")
         kept, gone = masked(model, ctx)
         if self.hardware.sharded and (kept or self.during):
