@@ -150,6 +150,7 @@ class Scheme:
         least_inputs: Fewest input channels of a convolution that the runtime computes rightly in integers.
         dynamic: Operators whose activations the runtime can quantize at run time (embeddings: store in integers).
         dynamic_rows: True where it then gives each row a scale and a zero point of its own, whatever it is told.
+        narrow_activations: True where integers of fewer than 8 bits, stored in 8, are clipped at their own ends.
         norms_as_convolutions: True where a batch norm between integers is best written as a depthwise convolution.
     """
 
@@ -172,6 +173,7 @@ class Scheme:
     dynamic: frozenset[str] = frozenset()
     dynamic_rows: bool = False
     least_inputs: int = 1
+    narrow_activations: bool = False
     norms_as_convolutions: bool = False
 
 

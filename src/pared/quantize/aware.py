@@ -106,6 +106,8 @@ class QuantizeAware:
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose tensors and first ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
+        for bits in (self.activation_bits, *self.layer_bits.values()):
+            Activations(bits=bits).grid(ctx.target.scheme)  # refuses what the target cannot run, before the work
         base = prepared(self, model, ctx)
         facts: dict[str, Any] = {"folded": base.folded, "ranges": {}, "refused": list(ctx.refused)}
         facts["any_cpu"] = kept_safe(self.cpu, ctx.target.scheme, here=saturates_here())

@@ -60,6 +60,11 @@ def emit_activation(graph: fx.GraphModule, node: fx.Node, qparams: QParams, numb
     settings = (scale, zero_point, numbers.low, numbers.high, numbers.dtype)
     with graph.graph.inserting_after(node):
         q = graph.graph.call_function(OPERATORS.quantize_per_tensor.default, (node, *settings))
+    stored = torch.iinfo(numbers.dtype)
+    if numbers.high < stored.max:
+        # No format of a runtime knows narrower integers than those it stores: it would not clip at their ends.
+        with graph.graph.inserting_after(q):
+            q = graph.graph.call_function(torch.ops.aten.clamp.default, (q, numbers.low, numbers.high))
     with graph.graph.inserting_after(q):
         d = graph.graph.call_function(OPERATORS.dequantize_per_tensor.default, (q, *settings))
     for user in users:

@@ -73,7 +73,14 @@ class Weights:
 class Activations:
     """How activations become integers. Their type is the target's."""
 
-    bits: Annotated[int, pydantic.Field(ge=2, le=8, description="Width of the integers; they are stored in 8.")] = 8
+    bits: Annotated[
+        int,
+        pydantic.Field(
+            ge=2,
+            le=8,
+            description="Width of the integers; they are stored in 8. Fewer than 8: on onnxruntime and openvino alone.",
+        ),
+    ] = 8
     symmetric: Annotated[
         bool | None, pydantic.Field(description="Centre each range on 0; null does as the target wants.")
     ] = None
@@ -85,5 +92,10 @@ class Activations:
         return scheme.activation_symmetric if self.symmetric is None else self.symmetric
 
     def grid(self, scheme: Scheme) -> Grid:
-        """The integers of an activation."""
+        """The integers of an activation. Raises: SettingError where the target does not clip so few bits."""
+        if self.bits < 8 and not scheme.narrow_activations:
+            raise SettingError(
+                f"activations of {self.bits} bits: this target clips at the ends of 8 bits alone, so the file would "
+                "compute something else; use 8 bits here, or the target onnxruntime or openvino"
+            )
         return grid(bits=self.bits, signed=scheme.activation_dtype == "int8", symmetric=self.is_symmetric(scheme))

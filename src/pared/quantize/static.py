@@ -96,6 +96,7 @@ class QuantizeStatic:
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the tensors and their ranges. Raises: PlanError, CaptureError, DataError, QuantizeError."""
+        self.activations.grid(ctx.target.scheme)  # refuses what the target cannot run, before the work
         graph, placement, folded, idle = self.prepare(model, ctx)
         facts: dict[str, Any] = {"folded": folded, "ranges": {}, "any_cpu": self.must_suit_any_cpu(ctx), "kept": []}
         facts["refused"] = list(ctx.refused)

@@ -39,6 +39,7 @@ SCHEME = Scheme(
     weight_only=frozenset({"aten.linear", "aten.embedding", "aten.conv1d", "aten.conv2d", "aten.conv3d"}),
     # Its ConvInteger runs slower than a float convolution.
     dynamic=frozenset({"aten.linear", "aten.embedding"}),
+    narrow_activations=True,
     norms_as_convolutions=True,
 )
 

@@ -29,6 +29,8 @@ SCHEME = dataclasses.replace(
     # The forms of ONNX Runtime alone.
     weight_only=frozenset(),
     dynamic=frozenset(),
+    # A clip between integers is none of its patterns.
+    narrow_activations=False,
     norms_as_convolutions=False,
     # Of the activations that oneDNN appends to an integer layer, those that Inductor's patterns find.
     absorbed=frozenset(
