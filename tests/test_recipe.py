@@ -83,6 +83,11 @@ def test_recipe_is_the_same_when_made_in_python_or_read(tmp_path: Path) -> None:
         ({"steps": "Train"}, "steps: should be a valid list, found 'Train'"),
         ({"steps": None}, "steps: should be a valid list, found None"),
         ({"steps": ["Trian"]}, "steps[0]: no step 'Trian'; did you mean 'Train'?"),
+        ({"steps": ["Distill"]}, "steps[0]: Distill runs while training; write Train: {during: [Distill]}"),
+        (
+            {"steps": [{"Train": {"during": ["QuantizeStatic"]}}]},
+            "steps[0].Train.during[0]: QuantizeStatic is a step of its own; move it out of `during`",
+        ),
         ({"steps": [3]}, "steps[0]: a step is one name, or one name with its settings, found 3"),
         ({"steps": [{"Train": {}, "QuantizeStatic": {}}]}, "found Train and QuantizeStatic"),
         ({"steps": [{"Train": 3}]}, "steps[0].Train: should be a mapping, found 3"),
@@ -189,6 +194,12 @@ def test_set_is_refused_when_the_path_is_wrong(tmp_path: Path, change: str, mess
     with pytest.raises(RecipeError) as caught:
         Recipe.read(write(tmp_path, json.dumps(PLAIN)), [change])
     assert message in str(caught.value)
+
+
+def test_set_reaches_a_technique_when_the_recipe_has_its_name_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps(PLAIN | {"steps": [{"Train": {"during": ["Distill"]}}]}))
+    found: Any = Recipe.read(path, ["steps.0.Train.during.0.Distill.alpha=0.5"]).steps[0]
+    assert found.during[0].alpha == 0.5
 
 
 def test_steps_name_their_own_classes() -> None:

@@ -168,6 +168,10 @@ def read_step(entry: Any, place: Place, known: Mapping[str, str] = STEPS) -> Any
         raise RecipeError(f"{at(place)}: a step is one name, or one name with its settings, found {found}")
     ((name, given),) = entry.items()
     if name not in known:
+        if name in DURING:
+            raise RecipeError(f"{at(place)}: {name} runs while training; write Train: {{during: [{name}]}}")
+        if name in STEPS:
+            raise RecipeError(f"{at(place)}: {name} is a step of its own; move it out of `during`, behind Train")
         raise RecipeError(f"{at(place)}: no step {name!r}; {nearest(name, known)}")
     place = (*place, name)
     inner = given.get("during") if isinstance(given, Mapping) and name == "Train" else None
@@ -295,7 +299,7 @@ def descend(node: Any, part: str, above: tuple[str, ...], text: str) -> Any:
     """The entry below `node`, made where it is absent, so that validation can judge its name."""
     if isinstance(node, list):
         i = index_of(part, node, text)
-        if isinstance(node[i], str) and above == ("steps",):
+        if isinstance(node[i], str) and above[-1:] in {("steps",), ("during",)}:
             node[i] = {node[i]: {}}
         return node[i]
     if isinstance(node, dict):

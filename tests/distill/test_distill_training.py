@@ -426,7 +426,7 @@ def test_a_callback_can_be_sent_to_another_process(name: str, model: nn.Module, 
     again: Any = pickle.loads(pickle.dumps(callback))  # noqa: S301 - our own bytes
     trained = again.on_start(copy.deepcopy(model))
     again.on_ready(trained)
-    again.on_epoch_start(trained, 0)
+    again.on_epoch_start(trained, 0, 1)
     batch = first(ctx)
     out = trained(*batch.inputs.args)
     assert torch.isfinite(again.loss(F.cross_entropy(out, batch.target), batch, out))

@@ -235,6 +235,7 @@ def test_an_error_carries_the_steps_number_and_name_when_a_step_fails(
         (Change(), "no list of steps"),
         ([Change], r"step 1 must be a step such as pared\.QuantizeStatic\(\)"),
         (["QuantizeStatic"], "step 1 must be a step"),
+        ([pared.Distill()], r"step 1: Distill runs while training; give pared\.Train\(during=\[Distill\("),
     ],
 )
 def test_compress_says_what_a_step_is_when_given_something_else(target: Any, steps: Any, message: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pared.errors import PlanError, RecipeError, SettingError, UsageError
 from pared.recipe import Recipe
 from pared.step import Context, Edit, Plan, Skip, settings, settings_of
-from pared.train.callbacks import Callback
+from pared.train.callbacks import Callback, KeepZeros
 from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD, AdamW
 from pared.train.schedules import Constant, Cosine, StepDecay
@@ -147,14 +147,14 @@ def test_plan_says_what_is_missing_when_the_task_lacks_it(
 
 def test_plan_refuses_when_the_model_is_quantized_already(model: nn.Module, make_context: MakeContext) -> None:
     history = (Plan(step="QuantizeStatic", edits=(Edit("quantize", "0"),)),)
-    with pytest.raises(PlanError, match="move Train before QuantizeStatic"):
+    with pytest.raises(PlanError, match="move Train before the step that quantizes"):
         Train().plan(model, make_context(history=history))
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_plan_refuses_when_the_model_is_an_exported_program(model: nn.Module, make_context: MakeContext) -> None:
     program = torch.export.export(model, (torch.randn(4, 6),)).module()
-    with pytest.raises(PlanError, match="move Train before QuantizeStatic"):
+    with pytest.raises(PlanError, match="move Train before the step that quantizes"):
         Train().plan(program, make_context())
 
 
@@ -180,6 +180,18 @@ def test_zeros_stay_when_an_earlier_step_masked_them(model: nn.Module, make_cont
     assert torch.equal(trained[0].weight == 0, zeros)  # type: ignore[index]
     assert not torch.signbit(trained[0].weight[zeros]).any()  # type: ignore[index]
     assert not (trained[4].weight == 0).any()  # type: ignore[index]
+
+
+def test_zeros_stay_when_the_model_that_trains_knows_the_weight_by_another_name() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    net[0].weight.detach()[0] = 0
+    keeping = KeepZeros(["0.weight"])
+    keeping.on_start(net)
+    other = nn.Module()
+    other.shared = net[0]  # what capture makes of a layer with two names
+    other.shared.weight.detach().fill_(1)
+    keeping.after_step(other)
+    assert net[0].weight.tolist() == [[0, 0], [1, 1]]
 
 
 @settings
@@ -229,6 +241,25 @@ def test_what_a_technique_plans_is_part_of_the_plan(model: nn.Module, make_conte
         Plan.from_json(plan.to_json()) == Plan.from_json(plan.to_json()) and plan.facts["during"][0]["step"] == "Louder"
     )
     assert Train(during=[Louder()]).trains
+
+
+def test_plan_refuses_when_a_technique_that_changes_structure_stands_twice(
+    model: nn.Module, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Train(during=[Louder(), Louder()]).plan(model, make_context())
+    monkeypatch.setattr(Louder, "changes", True)
+    with pytest.raises(PlanError, match="Louder stands 2 times in `during`; keep one"):
+        Train(during=[Louder(), Louder(by=2)]).plan(model, make_context())
+
+
+def test_plan_refuses_when_all_is_frozen_and_no_technique_changes_that(
+    model: nn.Module, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.requires_grad_(False)
+    with pytest.raises(PlanError, match="unfreeze some"):
+        Train(during=[Louder()]).plan(model, make_context())
+    monkeypatch.setattr(Louder, "changes", True)  # which may bring scales or masks to train
+    assert Train(during=[Louder()]).plan(model, make_context()).facts["trained_params"] == 0
 
 
 def test_a_recipe_names_techniques_inside_train(monkeypatch: pytest.MonkeyPatch) -> None:

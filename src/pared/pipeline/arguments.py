@@ -28,6 +28,9 @@ def check_arguments(model: nn.Module, steps: Sequence[Step], task: Task, budget:
     if not isinstance(steps, (list, tuple)) or not steps:
         raise UsageError("no list of steps; give at least one step, e.g. [pared.QuantizeStatic()]")
     for number, step in enumerate(steps, 1):
+        if hasattr(step, "callback") and not isinstance(step, type):
+            kind = type(step).__name__
+            raise UsageError(f"step {number}: {kind} runs while training; give pared.Train(during=[{kind}(...)])")
         if isinstance(step, type) or not (hasattr(step, "plan") and hasattr(step, "apply")):
             raise UsageError(f"step {number} must be a step such as pared.QuantizeStatic(), found {step!r}")
         with told(number, step):

@@ -45,6 +45,7 @@ class OpenVinoSession:
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
             # Processes are timed in turn on the same cores: each goes where the system puts it.
             "ENABLE_CPU_PINNING": False,
         }

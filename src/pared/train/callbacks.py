@@ -94,13 +94,15 @@ class KeepZeros(Callback):
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
-        self.zeros: dict[str, Tensor] = {}
+        self.kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def on_start(self, model: nn.Module) -> nn.Module:
-        self.zeros = {name: model.get_parameter(name).detach() == 0 for name in self.names}
+        # The parameters themselves: a model that is captured may know a shared one by another of its names.
+        found = [model.get_parameter(name) for name in self.names]
+        self.kept = [(parameter, parameter.detach() == 0) for parameter in found]
         return model
 
     def after_step(self, model: nn.Module) -> None:
-        for name, zeros in self.zeros.items():
+        for parameter, zeros in self.kept:
             # Filled, not multiplied: a product leaves -0.0 here and there, which is another bit pattern.
-            model.get_parameter(name).detach().masked_fill_(zeros, 0)
+            parameter.detach().masked_fill_(zeros, 0)

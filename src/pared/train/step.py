@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import pydantic
@@ -105,6 +106,7 @@ class Train:
         if ctx.task.loss is None:
             raise UsageError("Train needs a loss; give it as Task(loss=...), e.g. loss=nn.CrossEntropyLoss()")
         self.hardware.check()
+        check_each_once(self.during)
         if self.log_dir is not None:
             check_tensorboard()
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -137,7 +139,9 @@ class Train:
         if not quantized and not is_exported(model):
             return model
         if self.trains or ctx.floating is None or is_exported(ctx.floating):
-            raise PlanError("Train: the model is an exported or quantized program; move Train before QuantizeStatic")
+            raise PlanError(
+                "Train: the model is an exported or quantized program; move Train before the step that quantizes"
+            )
         return ctx.floating
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
@@ -167,6 +171,14 @@ class Train:
             checkpoint=ctx.work / f"train-{name[:16]}.pt",
             progress=ctx.progress,
         )
+
+
+def check_each_once(during: Sequence[During]) -> None:
+    """Raise `PlanError` where a technique that changes the structure stands twice in one training."""
+    kinds = [type(technique).__name__ for technique in during if technique.changes]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise PlanError(f"Train: {kind} stands {kinds.count(kind)} times in `during`; keep one of them")
 
 
 def is_exported(model: nn.Module) -> bool:
