@@ -34,7 +34,7 @@ ISSUE = 4
 class Clock(Callback):
     """Seconds of an epoch: of the processor, and on the wall."""
 
-    def on_epoch_start(self, model: nn.Module, epoch: int) -> None:
+    def on_epoch_start(self, model: nn.Module, epoch: int, epochs: int) -> None:
         self.start = time.process_time(), time.perf_counter()
 
     def on_epoch_end(self, model: nn.Module, epoch: int) -> None:

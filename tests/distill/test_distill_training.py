@@ -182,6 +182,17 @@ def test_born_again_starts_from_fresh_weights_and_learns_from_the_old_ones(ready
     assert not any(parameter.requires_grad for parameter in old.parameters())
 
 
+def test_born_again_keeps_layers_that_are_frozen(model: nn.Module, make_context: MakeContext) -> None:
+    ctx, student = make_context(), model
+    assert isinstance(student, nn.Sequential)
+    student[0].requires_grad_(False)
+    weights = student[0].weight.clone(), student[3].weight.clone()
+    step = Distill(teacher="born_again")
+    step.callback(step.plan(student, ctx), ctx).on_start(student)
+    assert torch.equal(student[0].weight, weights[0])
+    assert not torch.equal(student[3].weight, weights[1])
+
+
 def test_average_teacher_follows_the_student_when_it_steps(ready: Callable[..., Any]) -> None:
     callback, student, _ = ready(Distill(teacher=AverageTeacher(decay=0.6)))
     average = [parameter.clone() for parameter in callback.teacher.parameters()]
@@ -451,3 +462,6 @@ def test_a_quantized_student_learns_from_a_float_teacher_when_both_are_in_one_tr
         assert not [node for node in trained.graph.nodes if "tap_" in str(node.target)]
         found.append(trained(data[0][0]))
     assert not torch.equal(*found)
+    inside = Distill(teacher=Offline(name="big"), knowledge=[Hint(layers=[("0", "0")])])  # its norm is folded into it
+    with pytest.raises(PlanError, match=r"no layer '0' in the graph that trains; .*goes by the norm's name"):
+        apply(Train(epochs=1, during=[inside, QuantizeAware()]), model, ctx)

@@ -91,3 +91,16 @@ def test_taps_name_the_nearest_layer_when_there_is_none() -> None:
     graph = torch.export.export(net, (x,)).module()
     with pytest.raises(PlanError, match="no layer 'bodi' in the graph that trains; did you mean 'body'"):
         Taps(graph, ["bodi"])
+
+
+def test_taps_record_what_a_layer_gave_when_the_next_one_writes_over_it() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True)), torch.randn(5, 3)
+    taps = Taps(net, ["0"])
+    net(x)
+    found = taps.take()["0"]
+    wanted = x @ net[0].weight.T + net[0].bias
+    assert (wanted < 0).any()
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    torch.testing.assert_close(net[0].bias.grad, torch.full((4,), 5.0))

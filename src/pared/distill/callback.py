@@ -18,6 +18,7 @@ from pared.errors import DataError, PlanError, TrainError, UsageError
 from pared.step import Context, Plan
 from pared.task import Batch, Inputs, Task, call
 from pared.train.callbacks import Callback
+from pared.train.checkpoint import restore, tensors_of
 from pared.train.step import is_exported
 from pared.train.taps import Taps
 
@@ -219,7 +220,7 @@ class Taught(Distilling):
     def state_dict(self) -> Mapping[str, Any]:
         moving = isinstance(self.settings.teacher, AverageTeacher)
         filled = self.cached.filled if self.cached is not None else 0
-        teacher = {name: tensor.detach() for name, tensor in tensors_of(self.teacher).items()} if moving else {}
+        teacher = tensors_of(self.teacher) if moving else {}
         return {**super().state_dict(), "steps": self.steps, "filled": filled, "teacher": teacher}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -227,11 +228,5 @@ class Taught(Distilling):
         self.steps = state["steps"]
         if self.cached is not None:
             self.cached.filled = state["filled"]
-        with torch.no_grad():
-            for name, tensor in tensors_of(self.teacher).items() if state["teacher"] else ():
-                tensor.copy_(state["teacher"][name])
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer; buffers that `state_dict` leaves out too."""
-    return dict((*model.named_parameters(), *model.named_buffers()))
+        if state["teacher"]:
+            restore(self.teacher, state["teacher"])

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pared.distill.callback import Distilling, tensors_of
+from pared.distill.callback import Distilling
 from pared.distill.teachers import Online, fresh, named_teacher
 from pared.errors import PlanError
 from pared.step import Context, Plan
 from pared.surgery import duplicate
 from pared.task import Batch, call
+from pared.train.checkpoint import restore, tensors_of
 from pared.train.step import is_exported
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class Peers(Distilling):
         return model
 
     def state_dict(self) -> Mapping[str, Any]:
-        return {"own": {name: tensor.detach() for name, tensor in tensors_of(self.own).items()}}
+        return {"own": tensors_of(self.own)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, tensor in tensors_of(self.own).items():
-            tensor.detach().copy_(state["own"][name])
+        restore(self.own, state["own"])

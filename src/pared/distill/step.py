@@ -16,15 +16,7 @@ from pared.distill.knowledge import Knowledge
 from pared.distill.matching import Anatomy, Pair, anatomy, match, matches, named, stages
 from pared.distill.peers import Peers
 from pared.distill.response import Beta, Temperature
-from pared.distill.teachers import (
-    BornAgain,
-    Offline,
-    Online,
-    SelfDeep,
-    Teacher,
-    named_teacher,
-    unable,
-)
+from pared.distill.teachers import BornAgain, Offline, Online, SelfDeep, Teacher, check_fresh, named_teacher
 from pared.distill.terms import make_term
 from pared.errors import ModelError, PlanError
 from pared.seeding import isolated, seed_all
@@ -143,15 +135,6 @@ def pairs_for(item: Any, student: Anatomy, teacher: Anatomy) -> list[Pair]:
     if item.layers:
         return named(student, teacher, item.layers)
     return match(student, teacher, deepest=item.deepest)
-
-
-def check_fresh(model: nn.Module) -> None:
-    """Raise `PlanError` where a model cannot start from fresh weights."""
-    for name in unable(model):
-        raise PlanError(
-            f"layer {name!r} ({type(model.get_submodule(name)).__name__}) has parameters and no reset_parameters(), so "
-            "it cannot start from fresh weights; give its class one, or choose another teacher"
-        )
 
 
 def peers_of(model: nn.Module, student: Anatomy, online: Online, ctx: Context) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -122,24 +122,23 @@ def fresh(model: nn.Module) -> nn.Module:
 
 
 def reset(model: nn.Module) -> None:
-    """Draw the weights of a model anew, in place. Raises: PlanError as `unable` finds."""
-    for name in unable(model):
-        raise PlanError(
-            f"layer {name!r} ({type(model.get_submodule(name)).__name__}) has parameters and no reset_parameters(), so "
-            "it cannot start from fresh weights; give its class one, or name ready-made peers in Task.teachers"
-        )
+    """Draw the weights of a model anew, in place; layers that are frozen stay as they are. Raises: PlanError."""
+    check_fresh(model)
     with torch.no_grad():
         for module in model.modules():
-            drawing = drawer(module)
-            if drawing is not None:
+            drawing, own = drawer(module), list(module.parameters(recurse=False))
+            if drawing is not None and (not own or any(parameter.requires_grad for parameter in own)):
                 drawing()
 
 
-def unable(model: nn.Module) -> Iterator[str]:
-    """Layers with parameters of their own that cannot be drawn anew."""
+def check_fresh(model: nn.Module) -> None:
+    """Raise `PlanError` where a layer with parameters of its own does not know how to draw them anew."""
     for name, module in model.named_modules():
         if drawer(module) is None and next(module.parameters(recurse=False), None) is not None:
-            yield name
+            raise PlanError(
+                f"layer {name!r} ({type(module).__name__}) has parameters and no reset_parameters(), so it cannot "
+                "start from fresh weights; give its class one, or choose a teacher or peers that are there already"
+            )
 
 
 def drawer(module: nn.Module) -> Any:

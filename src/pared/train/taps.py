@@ -62,7 +62,10 @@ class Taps:
         graph.recompile()
 
     def on_forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self.keep(name, output)
+        value = first_tensor(output)
+        if self.recording and value is not None:
+            # A copy: what comes next may write over it, as `ReLU(inplace=True)` does. Captured graphs never do.
+            self.found[name] = value.clone()
 
     def keep(self, name: str, output: Any) -> None:
         """Remember an output of a layer."""
@@ -121,7 +124,10 @@ def last_node(graph: fx.GraphModule, name: str) -> fx.Node:
         if name in owners and isinstance(node.meta.get("val"), Tensor):
             found = node
     if found is None:
-        raise PlanError(f"no layer {name!r} in the graph that trains; {nearest(name, known - {''})}")
+        raise PlanError(
+            f"no layer {name!r} in the graph that trains; {nearest(name, known - {''})} "
+            "(a layer that a batch norm is folded into goes by the norm's name)"
+        )
     return found
 
 
