@@ -179,6 +179,34 @@ def test_dropout_and_norms_follow_the_modes_until_frozen(tmp_path: Path) -> None
     assert all(m.frozen for m in graph.modules() if isinstance(m, Freezable))
 
 
+class Overwriting(nn.Module):
+    """Operators that write into their argument, and each way to say dropout."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.drop, self.head = nn.Conv2d(3, 6, 3), drop, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(F.relu(self.conv(x), inplace=True)).mean((2, 3))
+        return self.head(x if isinstance(self.drop, nn.Dropout2d) else F.dropout(x, 0.25, self.training))
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout(0.5), nn.Dropout2d(0.5)])
+def test_dropout_is_found_when_operators_write_into_their_argument(drop: nn.Module, tmp_path: Path) -> None:
+    model = Overwriting(drop).eval()
+    training, graph = started(EIGHT, model, context(model, tmp_path))
+    kinds = [type(drop), *([nn.Dropout] if isinstance(drop, nn.Dropout) else [])]
+    found = [module for module in graph.modules() if isinstance(module, (nn.Dropout, nn.Dropout2d))]
+    assert [(type(module), module.p) for module in found] == list(zip(kinds, [0.5, 0.25], strict=False))
+    x = torch.randn(8, 3, 6, 6)
+    graph.eval()
+    assert torch.equal(graph(x), graph(x))
+    graph.train()
+    assert not torch.equal(graph(x), graph(x))
+    program = training.on_end(graph)
+    assert torch.equal(program(x), program(x))
+
+
 def test_range_follows_the_data_only_where_asked_and_not_frozen() -> None:
     numbers = pared.QuantizeAware().activations().grid(OnnxRuntime().scheme)
     follow = Activation(0.0, 1.0, numbers, symmetric=False, learned=False).train()
@@ -270,7 +298,7 @@ def test_ranges_come_from_post_training_quantization_when_the_recipe_had_it(tmp_
     # Repairs that changed the weights changed the ranges with them.
     moved = dataclasses.replace(done, facts={"ranges": ranges, "equalized": {"conv2d": 1}})
     assert EIGHT.plan(model, context(model, tmp_path, history=(moved,))).facts["start"] == "calibration"
-    with pytest.raises(PlanError, match="move Train before QuantizeStatic"):
+    with pytest.raises(PlanError, match="move Train before the step that quantizes"):
         pared.Train().plan(nn.Identity(), ctx)
 
 

@@ -25,8 +25,8 @@ class Peers(Distilling):
 
     The loss of each network is (1 - alpha) * the task's + alpha * the mean of its divergences from the others.
 
-    Source: Zhang et al. 2018, arXiv:1706.00384, equations 5 and 8. Deviation: all networks step at once on one batch,
-    instead of each in turn.
+    Source: Zhang et al. 2018, arXiv:1706.00384, equations 5 and 8. Deviations: all networks step at once on one
+    batch, instead of each in turn; the two parts have the shares above and the response its temperature, instead of 1.
     """
 
     def __init__(self, settings: Distill, plan: Plan, ctx: Context) -> None:

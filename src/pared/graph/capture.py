@@ -22,6 +22,7 @@ from pared.task import Inputs, Task
 # Folders whose source is not the caller's.
 OURS = tuple(Path(file).parent for file in (torch.__file__, errors.__file__) if file)
 STANDARD_LIBRARY = Path(contextlib.__file__).parent
+DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
 
 
 def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = None) -> ExportedProgram:
@@ -47,7 +48,11 @@ def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = 
         ):
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
             # In-place operators would make a rewritten graph read values that have changed since.
-            return program.run_decompositions({}) if has_mutation(program) else program
+            if not has_mutation(program):
+                return program
+            mark_dropouts(program)
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
 
 
 class Explained:
@@ -72,6 +77,15 @@ def has_mutation(program: ExportedProgram) -> bool:
     """True where some operator of the graph writes into its argument."""
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+
+
+def mark_dropouts(program: ExportedProgram) -> None:
+    """Note what each dropout was on the copy that decomposition makes of it, at `meta["custom"]["dropout"]`, so that a
+    training can put it back."""
+    for node in program.graph.nodes:
+        if operator(node) in DROPOUTS:
+            node.meta["custom"] = {**node.meta.get("custom", {}), "dropout": [operator(node), node.args[1]]}
+            node.target = torch.ops.aten.dropout.default  # in eval mode all are the same, but this one leaves a copy
 
 
 def doubled(inputs: Inputs) -> Inputs:

@@ -10,19 +10,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from pared.errors import PlanError
-from pared.graph.capture import capture, operator
+from pared.graph.capture import DROPOUTS, capture, operator
 from pared.quantize.affine import Grid
 from pared.quantize.aware_layers import Activation, BatchNorm, Call, Layer
 from pared.quantize.folding import FUNCTIONAL_BATCH_NORM, normalization
 from pared.quantize.placement import Placement
 from pared.task import Task
 
-DROPOUTS: Mapping[str, type[nn.Module]] = {
-    "aten.dropout": nn.Dropout,
-    "aten.feature_dropout": nn.Dropout2d,
-    "aten.alpha_dropout": nn.AlphaDropout,
-    "aten.feature_alpha_dropout": nn.FeatureAlphaDropout,
-}
+MODULES: Mapping[str, type[nn.Module]] = dict(
+    zip(DROPOUTS, (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), strict=True)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +148,22 @@ def free_modes(root: fx.GraphModule, nodes: dict[str, fx.Node]) -> None:
         if norm is not None and node.users:
             tensors = norm_arguments(norm)
             module, args = BatchNorm(*tensors[4:]), (norm.args[0], *tensors[:4])
-        elif operator(node) in DROPOUTS:
-            module, args = DROPOUTS[operator(node)](node.args[1]), (node.args[0],)
+        elif (dropout := dropout_of(node)) is not None:
+            module, args = dropout, (node.args[0],)
         else:
             continue
         with root.graph.inserting_before(node):
             new = root.graph.call_module(add(root, f"free_{node.name}", module), args)
         replace(node, new)
         nodes[node.name] = new
+
+
+def dropout_of(node: fx.Node) -> nn.Module | None:
+    """The dropout that a node is, or was before in-place operators around it were taken apart."""
+    if operator(node) == "aten.clone" and "dropout" in node.meta.get("custom", {}):
+        name, share = node.meta["custom"]["dropout"]
+        return MODULES[name](share)
+    return MODULES[operator(node)](node.args[1]) if operator(node) in DROPOUTS else None
 
 
 def put_activations(root: fx.GraphModule, nodes: Mapping[str, fx.Node], form: Form) -> dict[str, Activation]:

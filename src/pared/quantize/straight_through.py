@@ -59,8 +59,10 @@ def fake_quantize_trained(x: Tensor, scale: Tensor, zero_point: int, numbers: Gr
     Returns:
         float32, the shape of `x`.
 
-    Source: Bengio et al. 2013, arXiv:1308.3432; Esser et al. 2020, arXiv:1902.08153 (LSQ), eq. 1 to 5. Deviation: the
-        grid may have a zero point.
+    Source: Bengio et al. 2013, arXiv:1308.3432; Esser et al. 2020, arXiv:1902.08153 (LSQ), eq. 1 to 5. Deviations:
+        the grid may have a zero point; values pass up to half a step beyond its ends, where rounding still reaches it;
+        the scale's gradient is not divided by the root of how many values share it (sec. 2.2), for the modules train
+        the scale's logarithm.
 
     Example:
         >>> x = torch.tensor([0.24, 0.9], requires_grad=True)
