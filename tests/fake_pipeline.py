@@ -45,11 +45,13 @@ class Changing:
     calls: ClassVar[list[tuple[str, str]]] = []
     histories: ClassVar[list[tuple[str, ...]]] = []
     refused: ClassVar[list[tuple[str, ...]]] = []
+    denses: ClassVar[list[float]] = []
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         Changing.calls.append(("plan", str(self)))
         Changing.histories.append(tuple(plan.step for plan in ctx.history))
         Changing.refused.append(ctx.refused)
+        Changing.denses.append(ctx.dense.get_parameter("linear.bias").item())
         edits = () if self.trains else (Edit("mask", "linear", {"tensor": "weight"}),)
         return Plan(type(self).__name__, settings=settings_of(self), edits=edits)
 

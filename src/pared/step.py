@@ -239,7 +239,8 @@ class Context:
         task: What the model is for.
         target: The runtime that it ships on.
         work: Folder for the step's own checkpoints and caches; survives a kill.
-        dense: The model as it came in; the default teacher. Never changed.
+        dense: The model before anything of its structure was changed: as it came in, or as the trainings that began the
+            recipe left it. The default teacher. Never changed.
         seed: Seed of everything random.
         history: Plans of the steps kept so far, oldest first.
         refused: Modules that the runtime refused as this step first planned them: to be left as they are, and listed.

@@ -24,6 +24,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> FastTarget:
     Changing.calls.clear()
     Changing.histories.clear()
     Changing.refused.clear()
+    Changing.denses.clear()
     return made
 
 

@@ -40,7 +40,7 @@ def test_a_block_is_kept_when_it_is_faster_and_smaller(compress: Compress) -> No
     ("step", "budget", "why"),
     [
         (Change(ms=2.0), {}, r"slower than the last good stage: 0\.50x \(0\.50 to 0\.50\)"),
-        (Change(bulk=1001), {}, "the file is larger: 1001 bytes after 1000"),
+        (Change(bulk=1002), {}, "the file is larger: 1002 bytes after 1000"),
         (Change(level=-0.5), {"max_drop": 0.25}, r"level dropped by 0\.5000 to -0\.5000, the budget allows 0\.2500"),
         (Tune(level=-0.5), {"max_drop": 0.25}, "level dropped by 0.5000"),
     ],
@@ -60,7 +60,8 @@ def test_a_block_is_rolled_back_when_it_does_not_pay(
     ("step", "budget"),
     [
         (Change(ms=2.0), {"allow_slower": True}),
-        (Change(bulk=1001), {"allow_larger": True}),
+        (Change(bulk=1002), {"allow_larger": True}),
+        (Change(bulk=1001), {}),  # a thousandth: names differ in length
         (Change(level=-0.5), {"max_drop": 0.5}),
         (Change(level=-0.5), {}),
         (Change(), {"max_drop": 0.0}),
@@ -275,3 +276,14 @@ def test_dry_run_plans_every_step_and_applies_none(target: Any) -> None:
     assert Changing.histories == [(), ("Change",), ("Change", "Tune")]
     assert {what for what, _ in Changing.calls} == {"plan"}
     assert target.exported == []
+
+
+def test_the_dense_model_is_what_the_trainings_at_the_beginning_made(compress: Compress) -> None:
+    compress(Tune(level=0.25), Change(level=1.0), Tune(level=1.0), Tune(level=1.0))
+    # As it came in; as the first training left it, which nothing after it changes.
+    assert Changing.denses == [0.0, 0.25, 0.25, 0.25]
+
+
+def test_the_dense_model_is_as_it_came_in_when_the_first_training_is_rolled_back(compress: Compress) -> None:
+    compress(Tune(level=-1.0), Change(level=1.0), budget=pared.Budget(max_drop=0.5))
+    assert Changing.denses == [0.0, 0.0]

@@ -44,6 +44,9 @@ from pared.targets.worker import worker_command, write_inputs
 from pared.task import Task
 from pared.train.checkpoint import restore, snapshot
 
+# Part of its size by which a file may be larger and count as no larger: names and numbers as text differ in length.
+SIZE_SLACK = 0.001
+
 
 @dataclasses.dataclass
 class Run:
@@ -61,6 +64,7 @@ class Run:
     counted: dict[int, tuple[nn.Module, list[LayerCount]]] = dataclasses.field(default_factory=dict)
     against: dict[Path, report.Speedup] = dataclasses.field(default_factory=dict)
     inputs: Path | None = None
+    dense: nn.Module = dataclasses.field(init=False)
 
     @functools.cached_property
     def key(self) -> str:
@@ -83,6 +87,7 @@ class Run:
         self.rows.append(self.measure(baseline, "baseline", None, 0, [baseline]))
         good: Stage = baseline
         history: tuple[Plan, ...] = ()
+        self.dense = self.model
         for block, numbered in enumerate(self.blocks(steps), 1):
             last, plans = good, history
             for number, step in numbered:
@@ -95,6 +100,8 @@ class Run:
             kept, why = self.judge(last, good, changes=any(plan.edits for plan in plans[len(history) :]))
             if kept:
                 good, history = last, plans
+                if not any(plan.edits for plan in history):
+                    self.dense = good.model  # trainings alone so far: still the uncompressed model
             self.rows = [
                 dataclasses.replace(row, kept=kept, why=why or row.why) if row.block == block else row
                 for row in self.rows
@@ -158,7 +165,7 @@ class Run:
             task=self.task,
             target=self.target,
             work=self.space.scratch(),
-            dense=self.model,
+            dense=self.dense,
             seed=self.seed,
             history=history,
             progress=self.progress,
@@ -281,7 +288,8 @@ class Run:
         against = self.against.get(good.file)  # None where the runtime cannot run here
         if against is not None and against.verdict == "slower" and not self.budget.allow_slower:
             return f"slower than the last good stage: {against.value:.2f}x ({against.low:.2f} to {against.high:.2f})"
-        if last.facts["size_bytes"] > good.facts["size_bytes"] and not self.budget.allow_larger:
+        more = last.facts["size_bytes"] - good.facts["size_bytes"]
+        if more > SIZE_SLACK * good.facts["size_bytes"] and not self.budget.allow_larger:
             return f"the file is larger: {last.facts['size_bytes']} bytes after {good.facts['size_bytes']}"
         return ""
 
