@@ -81,7 +81,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         made.append({"model": model, "steps": steps} | settings)
         edits = (Edit("quantize", "0", {"node": "linear"}), Edit("quantize", "head[red]", {}))
         skips = (Skip("2", "its input is not quantized"),)
-        return [Plan("Train"), Plan("QuantizeStatic", edits=edits, skips=skips, estimate=True)]
+        during = [Plan("Distill", facts={"notes": ["Distill: teacher 'big'"]}).to_json()]
+        return [
+            Plan("Train", facts={"during": during}),
+            Plan("QuantizeStatic", edits=edits, skips=skips, estimate=True),
+        ]
 
     fake = types.SimpleNamespace(compress=compress, dry_run=dry_run)
     monkeypatch.setitem(sys.modules, "pared.pipeline", fake)
@@ -116,6 +120,7 @@ def test_run_prints_every_layer_with_its_fate_when_dry(
     assert main(["run", str(recipe), "--dry-run"]) == 0
     assert "out" not in calls[0]
     out = capsys.readouterr().out
+    assert "  Distill: teacher 'big'\n" in out
     assert "2 QuantizeStatic: 2 layers would change, 1 would not, as far as can be told" in out
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
     assert ["0", "quantize"] in [[part.strip() for part in line] for line in lines]

@@ -103,9 +103,15 @@ def test_plan_lists_the_pairs_and_exits_that_were_chosen(model: nn.Module, make_
         {"student": "5", "teacher": "5", "student_shape": [8, 4, 4], "teacher_shape": [16, 4, 4]},
     ]
     assert relational == [{"student": "7", "teacher": "7", "student_shape": [8], "teacher_shape": [16]}]
+    assert plan.facts["notes"] == [
+        "Distill: teacher offline 'big', response kl",
+        "Distill: hint compares 2 with the teacher's 2, 5 with the teacher's 5",
+        "Distill: relational compares 7 with the teacher's 7",
+    ]
     plan = Distill(teacher="deep").plan(model, make_context())
     assert plan.facts["exits"] == [{"layer": "2", "shape": [4, 8, 8]}]
     assert plan.facts["deepest"] == {"layer": "5", "shape": [8, 4, 4]}
+    assert plan.facts["notes"] == ["Distill: teacher deep, response kl", "Distill: exits at 2, taught by 5"]
     named = Distill(teacher=SelfDeep(exits=["[12]"])).plan(model, make_context())
     assert [item["layer"] for item in named.facts["exits"]] == ["1", "2"]
 

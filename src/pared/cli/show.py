@@ -57,6 +57,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
         rows += [(skip.module, f"stays: {skip.reason}") for skip in plan.skips]
         say(f"{number} {plan.step}: {counted}")
         say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing")
+        notes = [note for part in plan.facts.get("during", ()) for note in part["facts"].get("notes", ())]
+        say(*(f"  {note}" for note in notes))
         say(*(f"  {warning}" for warning in plan.facts.get("warnings", ())), "")
 
 

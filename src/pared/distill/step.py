@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -89,7 +90,19 @@ class Distill:
             facts |= peers_of(model, student, self.teacher, ctx)
         else:
             facts |= self.lessons(model, student, ctx)
-        return Plan("Distill", settings_of(self), facts=facts)
+        return Plan("Distill", settings_of(self), facts=facts | {"notes": self.notes(facts)})
+
+    def notes(self, facts: Mapping[str, Any]) -> list[str]:
+        """What a plan's facts say, in words."""
+        name = f" {self.teacher.name!r}" if isinstance(self.teacher, Offline) else ""
+        lines = [f"teacher {self.teacher.kind}{name}, response {facts['response']}"]
+        for item, pairs in zip(self.knowledge, facts.get("pairs", ()), strict=True):
+            found = ", ".join(f"{pair['student']} with the teacher's {pair['teacher']}" for pair in pairs)
+            lines.append(f"{item.kind} compares {found}")
+        if "exits" in facts:
+            exits = ", ".join(item["layer"] for item in facts["exits"])
+            lines.append(f"exits at {exits}, taught by {facts['deepest']['layer']}")
+        return [f"Distill: {line}" for line in lines]
 
     def lessons(self, model: nn.Module, student: Anatomy, ctx: Context) -> dict[str, Any]:
         """The teacher, and the pairs of layers of each knowledge. Raises: PlanError, ModelError."""
