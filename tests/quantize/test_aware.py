@@ -179,6 +179,13 @@ def test_dropout_and_norms_follow_the_modes_until_frozen(tmp_path: Path) -> None
     assert all(m.frozen for m in graph.modules() if isinstance(m, Freezable))
 
 
+def test_plan_refuses_a_norm_that_averages_over_all_batches(tmp_path: Path) -> None:
+    model = net()
+    model[1].momentum = None
+    with pytest.raises(PlanError, match=r"'1' has momentum=None, .* give it a momentum"):
+        EIGHT.plan(model, context(model, tmp_path))
+
+
 class Overwriting(nn.Module):
     """Operators that write into their argument, and each way to say dropout."""
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 from pared.errors import PlanError, SettingError
 from pared.measure.processor import saturates_here
 from pared.quantize.affine import Grid, QParams, grid
-from pared.quantize.aware_graph import Aware, Form, aware_graph, out_of_place
+from pared.quantize.aware_graph import Aware, Form, aware_graph, check_norms, out_of_place
 from pared.quantize.aware_layers import Freezable
 from pared.quantize.choose import Choice, Formats
 from pared.quantize.coding import Code, integers_of, room_for_bias, shared_ranges, sharing_groups, tensors_of
@@ -218,6 +218,7 @@ class Prepared:
 
 def prepared(aware: QuantizeAware, model: nn.Module, ctx: Context) -> Prepared:
     """The graph that is exported in the end, with the weights that a model has now. Raises: PlanError, CaptureError."""
+    check_norms(model)
     with out_of_place(model):
         graph, folded, idle = prepare(model, ctx.task, STEP)
     exclude = (*aware.exclude, *ctx.refused)

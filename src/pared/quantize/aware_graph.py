@@ -21,6 +21,8 @@ MODULES: Mapping[str, type[nn.Module]] = dict(
     zip(DROPOUTS, (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), strict=True)
 )
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -47,6 +49,16 @@ class Form:
     takes_in: Mapping[str, str]
     learned: bool
     symmetric: bool
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raise `PlanError` for a batch norm whose statistics a captured graph would leave as they are."""
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.momentum is None and module.track_running_stats:
+            raise PlanError(
+                f"QuantizeAware: {name!r} has momentum=None, the mean over all batches, which a captured graph does "
+                "not know; give it a momentum, such as 0.1"
+            )
 
 
 @contextlib.contextmanager
