@@ -326,7 +326,9 @@ def test_masked_weights_stay_zero_in_the_program(tmp_path: Path) -> None:
 def test_weights_stay_within_7_bits_when_the_file_must_suit_any_cpu(tmp_path: Path) -> None:
     model = net()
     ctx = context(model, tmp_path)
-    program = trained(pared.Train(epochs=1, during=[pared.QuantizeAware(cpu="any")]), model, ctx)
+    step = pared.Train(epochs=1, during=[pared.QuantizeAware(cpu="any")])
+    assert {edit.detail["bits"] for edit in step.plan(model, ctx).edits} == {7}
+    program = trained(step, model, ctx)
     integers = [tensor for tensor in program.state_dict().values() if tensor.dtype == torch.int8]
     assert len(integers) == 2 and all(int(tensor.abs().max()) <= 63 for tensor in integers)
 

@@ -130,7 +130,7 @@ class QuantizeAware:
             ).calibrate()
         work = work_of(base.graph, base.placement, ctx.target.scheme)
         facts["warnings"] = [*warnings_of(work), *facts.get("warnings", ())]
-        weights = self.weight_grids(base, any_cpu=False)
+        weights = self.weight_grids(base, any_cpu=facts["any_cpu"])
         return Plan(
             step=STEP,
             settings=settings_of(self),
