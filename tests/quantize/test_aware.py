@@ -269,6 +269,28 @@ def test_training_lowers_the_loss_of_few_bits_and_leaves_the_float_model_beside(
     assert floating[2].inplace and model[2].inplace
 
 
+def test_a_finished_training_is_not_repeated_when_it_is_applied_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a resumed run does with a finished stage: the checkpoint in its work folder is all of the training.
+    model, ctx = net(), context(net(), tmp_path)
+    step = pared.Train(epochs=2, lr=0.05, during=[EIGHT])
+    plan = step.plan(model, ctx)
+    first = step.apply(model, plan, ctx)
+    trained_on = ctx.memo["floating"].state_dict()
+
+    def no_epoch(*_: Any) -> None:
+        raise AssertionError("it trained again")
+
+    monkeypatch.setattr("pared.train.loop.Loop.train_epoch", no_epoch)
+    again_ctx = context(net(), tmp_path)
+    again = step.apply(model, Plan.from_json(plan.to_json()), again_ctx)
+    x = torch.randn(4, 3, 6, 6)
+    assert torch.equal(first(x), again(x))
+    for name, tensor in again_ctx.memo["floating"].state_dict().items():
+        assert torch.equal(tensor, trained_on[name]), name
+
+
 def test_bits_are_those_of_each_layer_in_the_program(tmp_path: Path) -> None:
     model = net()
     ctx = context(model, tmp_path)
