@@ -32,3 +32,12 @@ def same_start_and_end() -> Iterator[None]:
     yield
     after = global_state()
     assert after == before, "this test, or the code under it, changed the state of the process"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is too small to share: threads that wait for one another cost seconds on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

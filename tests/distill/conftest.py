@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,8 @@ def net(channels: int = 4, seed: int = 0, classes: int = CLASSES) -> nn.Sequenti
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def small(one_thread: None) -> None:
     """Nothing here is large enough to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
