@@ -1,0 +1,89 @@
+"""Channel groups: which indices of which tensors can only leave a model together. Plain data, read off a captured graph.
+
+A *unit* is the smallest part that can be removed exactly: the same channel in every layer that a residual sum ties, a
+whole attention head, one hidden unit of an LSTM in all four gates. Units are numbered through the whole model; a
+*group* is a run of units that sit side by side in the same tensors, and so compete with one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from pared.step import Skip
+
+NO_UNIT = -1  # of an index that always stays
+# out: the tensor makes the channel (a filter, a row of a linear layer); in: it reads it; along: it scales or shifts it,
+# or keeps its statistics.
+Role = Literal["out", "in", "along"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer that a group runs along.
+
+    Attributes:
+        tensor: Dotted name in the model, as `named_parameters()` and `named_buffers()` give it first.
+        dim: The dimension.
+        role: What the tensor does with the channel.
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that sit side by side in the same tensors.
+
+    Attributes:
+        name: Dotted name of the first module that makes its channels.
+        start: Number of its first unit.
+        size: How many units it has.
+        members: Every dimension that it runs along, in graph order.
+        modules: Every module that holds one of them, in graph order.
+        width: Indices that one unit takes along the first dimension that makes it: 64 for a head of 64.
+    """
+
+    name: str
+    start: int
+    size: int
+    members: tuple[Member, ...]
+    modules: tuple[str, ...]
+    width: int = 1
+
+    @property
+    def units(self) -> slice:
+        """Where its units stand among all units."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Everything that a graph says about a model's channels.
+
+    Attributes:
+        program: The captured model that it was read off.
+        groups: In graph order.
+        units: How many units there are in all groups.
+        tensors: {(tensor, dimension): int64, the unit of each index, or NO_UNIT}.
+        values: {name of a graph node: {dimension of its value: the unit of each index, or NO_UNIT}}.
+        equal: Names of groups whose number of channels (kept units times width) must stay equal, as where a forward
+            takes the inner width of an attention from the width of its input.
+        skips: Every layer whose channels cannot be removed, with the reason and the operator that is in the way.
+        approximate: {group: why its removal is not exact}, as where a layer norm's mean runs over fewer channels.
+    """
+
+    program: ExportedProgram
+    groups: tuple[Group, ...]
+    units: int
+    tensors: Mapping[tuple[str, int], Tensor]
+    values: Mapping[str, Mapping[int, Tensor]]
+    equal: tuple[tuple[str, ...], ...] = ()
+    skips: tuple[Skip, ...] = ()
+    approximate: Mapping[str, str] = dataclasses.field(default_factory=dict)
