@@ -1,4 +1,4 @@
-"""Channel groups: which indices of which tensors can only leave a model together. Plain data, read off a captured graph.
+"""Channel groups: which indices of which tensors can only leave a model together, as plain data read off a graph.
 
 A *unit* is the smallest part that can be removed exactly: the same channel in every layer that a residual sum ties, a
 whole attention head, one hidden unit of an LSTM in all four gates. Units are numbered through the whole model; a
