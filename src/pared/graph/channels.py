@@ -42,7 +42,8 @@ class Group:
     """Units that sit side by side in the same tensors.
 
     Attributes:
-        name: Dotted name of the first module that makes its channels.
+        name: Dotted name of the first module that makes its channels; with ":2" and so on behind it where that module
+            also makes channels of an earlier group.
         start: Number of its first unit.
         size: How many units it has.
         members: Every dimension that it runs along, in graph order.
@@ -64,6 +65,21 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Count:
+    """An integer attribute of a module that counts groups of channels, and so must follow what is kept.
+
+    Attributes:
+        module: Dotted name.
+        attribute: `groups` of a convolution whose groups leave as a whole, `num_groups` of a group norm.
+        units: int64, the unit of each group, or NO_UNIT: the attribute becomes the number of those that are kept.
+    """
+
+    module: str
+    attribute: str
+    units: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Channels:
     """Everything that a graph says about a model's channels.
 
@@ -76,6 +92,7 @@ class Channels:
         equal: Names of groups whose number of channels (kept units times width) must stay equal, as where a forward
             takes the inner width of an attention from the width of its input.
         skips: Every layer whose channels cannot be removed, with the reason and the operator that is in the way.
+        counts: Integer attributes that follow the number of kept units.
         approximate: {group: why its removal is not exact}, as where a layer norm's mean runs over fewer channels.
     """
 
@@ -86,4 +103,5 @@ class Channels:
     values: Mapping[str, Mapping[int, Tensor]]
     equal: tuple[tuple[str, ...], ...] = ()
     skips: tuple[Skip, ...] = ()
+    counts: tuple[Count, ...] = ()
     approximate: Mapping[str, str] = dataclasses.field(default_factory=dict)
