@@ -1,0 +1,1 @@
+"""Pruning: which channels matter least, how many may stay, and how they leave a model exactly."""

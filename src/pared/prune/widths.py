@@ -1,0 +1,220 @@
+"""How many units each group may keep: floors and caps, widths that a runtime likes, layers that must stay equal.
+
+Arithmetic on sizes alone: what is kept is `budgets`'s work. Groups whose sizes depend on one another form a *block*:
+one number decides for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from pared.errors import PlanError
+from pared.graph.channels import NO_UNIT, Channels, Group
+
+Limits = Mapping[str, tuple[float, float]]  # {pattern of layers: (least, most) fraction of units that stays}
+Sizes = Mapping[str, int]  # units that stay, by group
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Groups that one choice settles.
+
+    Attributes:
+        names: Of the groups.
+        options: Each way to settle them: units that stay, in the order of `names`. Rising; the last is the largest.
+    """
+
+    names: tuple[str, ...]
+    options: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One dimension of a tensor that several groups run along, whose width is to be a multiple.
+
+    Attributes:
+        tensor: Its dotted name.
+        fixed: Indices that always stay.
+        takes: Indices along it of one unit, by group.
+    """
+
+    tensor: str
+    fixed: int
+    takes: Mapping[str, int]
+
+    def width(self, sizes: Sizes) -> int:
+        """Its width for a choice of sizes."""
+        return self.fixed + sum(take * sizes[name] for name, take in self.takes.items())
+
+
+def producers(group: Group) -> tuple[str, ...]:
+    """Names of the modules that make a group's channels, and of the group: what patterns of layers are matched with."""
+    made = [member.tensor.rpartition(".")[0] for member in group.members if member.role == "out"]
+    return tuple(dict.fromkeys([group.name, *made]))
+
+
+def matches(group: Group, pattern: str) -> bool:
+    """Whether a pattern names one of the layers that make a group's channels."""
+    return any(fnmatchcase(name, pattern) for name in producers(group))
+
+
+def bounds(group: Group, limits: Limits) -> tuple[int, int]:
+    """Least and most units of a group that stay; at least 1. Where several patterns match, all hold.
+
+    Raises:
+        PlanError: They contradict one another.
+
+    Example:
+        >>> bounds(Group("conv", 0, 16, (), ()), {"conv": (0.25, 0.75), "*": (0.0, 0.7)})
+        (4, 11)
+    """
+    own = {pattern: pair for pattern, pair in limits.items() if matches(group, pattern)}
+    low = max((pair[0] for pair in own.values()), default=0.0)
+    high = min((pair[1] for pair in own.values()), default=1.0)
+    if low > high:
+        raise PlanError(f"limits: {' and '.join(map(repr, own))} leave {group.name} no size; give it one of them")
+    least = max(1, math.ceil(low * group.size - 1e-9))
+    return least, max(least, math.floor(high * group.size + 1e-9))
+
+
+def rows_of(channels: Channels) -> list[Row]:
+    """Every dimension that makes channels of groups, each combination of groups once."""
+    owner = [group.name for group in channels.groups for _ in range(group.size)]
+    sizes = {group.name: group.size for group in channels.groups}
+    made = {(m.tensor, m.dim): None for group in channels.groups for m in group.members if m.role == "out"}
+    found: dict[tuple[object, ...], Row] = {}
+    for tensor, dim in made:
+        counts: dict[str, int] = {}
+        fixed = 0
+        for unit in channels.tensors[tensor, dim].tolist():
+            if unit == NO_UNIT:
+                fixed += 1
+            else:
+                counts[owner[unit]] = counts.get(owner[unit], 0) + 1
+        takes = {name: count // sizes[name] for name, count in counts.items()}
+        found.setdefault((fixed, *takes.items()), Row(tensor, fixed, takes))
+    return list(found.values())
+
+
+def blocks_of(
+    channels: Channels, names: Iterable[str], rows: Sequence[Row], limits: Limits, round_to: int
+) -> list[Block]:
+    """The blocks of the groups that may be pruned, in graph order.
+
+    Args:
+        channels: Of the model.
+        names: Groups that may be pruned. One that must stay equal to another that may not is left out.
+        rows: As `rows_of` gives them.
+        limits: Floors and caps.
+        round_to: Widths become multiples of it.
+
+    Raises:
+        PlanError: No size of a group fits its limits.
+    """
+    groups = {group.name: group for group in channels.groups}
+    allowed = set(names)
+    done: set[str] = set()
+    blocks = []
+    for name in groups:
+        together = equal_to(name, channels)
+        if name in done or not set(together) <= allowed:
+            continue
+        done |= set(together)
+        members = [groups[other] for other in together]
+        widths = set.intersection(*(set(fitting(group, rows, limits, round_to)) for group in members))
+        if not widths:
+            raise PlanError(
+                f"no number of channels fits {', '.join(together)} at once, which must stay equal; "
+                "widen their limits or lower round_to"
+            )
+        options = tuple(tuple(width // group.width for group in members) for width in sorted(widths))
+        blocks.append(Block(tuple(together), options))
+    return blocks
+
+
+def equal_to(name: str, channels: Channels) -> list[str]:
+    """The groups that must stay as wide as one, with that one, in graph order."""
+    found = {name}
+    grown = True
+    while grown:
+        wider = found.union(*(same for same in map(set, channels.equal) if same & found))
+        grown, found = wider != found, wider
+    return [group.name for group in channels.groups if group.name in found]
+
+
+def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> list[int]:
+    """Widths (units times width) that a group may have alone: within its limits, of layers that only it runs along
+    multiples of `round_to`, or all of it. Where no multiple is within the limits, they win."""
+    least, most = bounds(group, limits)
+    within = range(least, most + 1)
+    own = [row for row in rows if set(row.takes) == {group.name}]
+    rounded = [size for size in within if all(row.width({group.name: size}) % round_to == 0 for row in own)]
+    chosen = rounded or list(within)
+    if most == group.size and group.size not in chosen:
+        chosen.append(group.size)
+    return [size * group.width for size in chosen]
+
+
+def settle(blocks: Iterable[Block], wishes: Mapping[str, float]) -> dict[str, int]:
+    """The option of each block whose number of units is nearest to what is wished for; of two as near, the larger.
+
+    Example:
+        >>> settle([Block(("a",), ((1,), (8,), (16,)))], {"a": 12.0})
+        {'a': 16}
+    """
+    sizes: dict[str, int] = {}
+    for block in blocks:
+        wish = sum(wishes[name] for name in block.names)
+        chosen = min(block.options, key=lambda option: (abs(sum(option) - wish), -sum(option)))
+        sizes |= zip(block.names, chosen, strict=True)
+    return sizes
+
+
+def round_rows(sizes: Sizes, blocks: Sequence[Block], rows: Iterable[Row], full: Sizes, round_to: int) -> Sizes:
+    """Sizes at which dimensions that several groups run along are multiples too, or whole.
+
+    One dimension after another, blocks grow or shrink by an option at a time towards the nearest multiple. A block that
+    an earlier dimension settled is not touched again; where no multiple can be reached, a dimension stays as it is.
+
+    Args:
+        sizes: Of all groups.
+        blocks: Those that may change.
+        rows: Dimensions, in graph order.
+        full: Sizes of all groups in the model as it is.
+        round_to: The number.
+    """
+    settled: set[str] = set()
+    for row in rows:
+        if len(row.takes) < 2:
+            continue
+        width, whole = row.width(sizes), row.width(full)
+        if width % round_to and width != whole:
+            free = [block for block in blocks if not settled & set(block.names) and set(block.names) & set(row.takes)]
+            wanted = sorted({*range(round_to, whole + 1, round_to), whole}, key=lambda w: (abs(w - width), -w))
+            trials = (towards(sizes, free, row, target) for target in wanted[:4])
+            sizes = next((trial for trial in trials if trial is not None), sizes)
+        settled |= set(row.takes)
+    return sizes
+
+
+def towards(sizes: Sizes, blocks: Iterable[Block], row: Row, target: int) -> Sizes | None:
+    """Sizes at which a dimension has a width, reached by small moves spread over its blocks; None where none is."""
+    at = {block: block.options.index(tuple(sizes[name] for name in block.names)) for block in blocks}
+    start = dict(at)
+    found: Sizes = sizes
+    step = 1 if target > row.width(sizes) else -1
+    while (width := row.width(found)) != target:
+        moves: list[tuple[float, int, Block, Sizes]] = []
+        for block, index in at.items():
+            if 0 <= index + step < len(block.options):
+                moved = {**found, **dict(zip(block.names, block.options[index + step], strict=True))}
+                if width != row.width(moved) and (row.width(moved) - target) * step <= 0:
+                    moves.append((abs(index + step - start[block]) / len(block.options), len(moves), block, moved))
+        if not moves:
+            return None
+        _, _, block, found = min(moves, key=lambda move: move[:2])
+        at[block] += step
+    return found
