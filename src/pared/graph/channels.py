@@ -89,8 +89,8 @@ class Channels:
         units: How many units there are in all groups.
         tensors: {(tensor, dimension): int64, the unit of each index, or NO_UNIT}.
         values: {name of a graph node: {dimension of its value: the unit of each index, or NO_UNIT}}.
-        equal: Names of groups whose number of channels (kept units times width) must stay equal, as where a forward
-            takes the inner width of an attention from the width of its input.
+        equal: Names of groups of which the same fraction must stay, as where a forward takes the inner width of an
+            attention from the width of its input.
         skips: Every layer whose channels cannot be removed, with the reason and the operator that is in the way.
         counts: Integer attributes that follow the number of kept units.
         approximate: {group: why its removal is not exact}, as where a layer norm's mean runs over fewer channels.

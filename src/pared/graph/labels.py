@@ -16,6 +16,7 @@ from pared.graph import (
     rules_attention,
     rules_contraction,
     rules_norm,
+    rules_parts,
     rules_pointwise,
     rules_recurrent,
     rules_shape,
@@ -23,7 +24,7 @@ from pared.graph import (
 from pared.graph.capture import operator
 from pared.graph.channels import Channels
 from pared.graph.macs import shape_of
-from pared.graph.reading import Labels, Mode, Reading, Rule, Tensor, Value, is_tensor, tensors_of
+from pared.graph.reading import Heads, Labels, Mode, Reading, Rule, Tensor, Value, is_tensor, tensors_of
 from pared.graph.units import Modules, collect
 
 RULES: Mapping[str, Rule] = {
@@ -31,6 +32,7 @@ RULES: Mapping[str, Rule] = {
     **rules_norm.RULES,
     **rules_contraction.RULES,
     **rules_shape.RULES,
+    **rules_parts.RULES,
     **rules_attention.RULES,
     **rules_recurrent.RULES,
 }
@@ -53,11 +55,12 @@ def find_channels(
         attention: Whether whole heads leave an attention, which is exact, or the same indices of every head.
         pinned: Tensors whose channels shall stay, with the reason.
     """
-    free: Mapping[tuple[str, int], int] = {}
+    free: Heads = {}
     if rules_attention.any_product({operator(node) for node in program.graph.nodes}):
         scouted = read(program, model, Reading(scouting=True), {})
-        free = rules_attention.free_dimensions(scouted, attention)
-    return collect(read(program, model, Reading(free=free), pinned or {}), program, model)
+        free = rules_attention.heads_of(scouted, attention)
+    reading = read(program, model, Reading(free=free), pinned or {})
+    return collect(reading, program, model, rules_attention.equal_widths(reading))
 
 
 def read(program: ExportedProgram, model: nn.Module, reading: Reading, pinned: Mapping[str, str]) -> Reading:

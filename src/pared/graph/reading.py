@@ -25,6 +25,7 @@ Atoms = NDArray[np.int64]
 Labels = dict[int, Atoms]
 Value = Labels | list[Labels]
 Mode = Literal["heads", "head_dim"]
+Heads = Mapping[tuple[str, int], tuple[int, int]]
 STAYS = 0  # the atom of what always stays
 
 
@@ -59,8 +60,8 @@ class Reading:
     """Everything that the rules have said so far.
 
     Attributes:
-        free: {(name of a reshape, dimension before it): dimension after it whose indices leave as a whole}, for those
-            that take attention heads apart.
+        free: {(name of a reshape, dimension before it): (dimension after it whose indices leave as a whole, the one
+            that stays whole)}, for those that take attention heads apart.
         scouting: True while looking for these: each part of a split dimension then has a label of its own.
         node: The operator being read.
         atoms: How many atoms there are, with `STAYS`.
@@ -77,7 +78,7 @@ class Reading:
         products: Labels of the batch dimensions, and of the others, of each product of two tensors.
     """
 
-    free: Mapping[tuple[str, int], int] = dataclasses.field(default_factory=dict)
+    free: Heads = dataclasses.field(default_factory=dict)
     scouting: bool = False
     node: fx.Node = dataclasses.field(init=False)
     atoms: int = STAYS + 1

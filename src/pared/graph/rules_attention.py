@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import fx
 
+from pared.graph.capture import operator, owner
 from pared.graph.macs import shape_of
-from pared.graph.reading import Atoms, Labels, Mode, Reading, Rule, argument
+from pared.graph.reading import Atoms, Heads, Labels, Mode, Reading, Rule, argument
 from pared.graph.rules_contraction import contract
 from pared.graph.units import components
 
@@ -49,8 +51,8 @@ def attention(reading: Reading, node: fx.Node) -> Labels:
     return result
 
 
-def free_dimensions(scouted: Reading, mode: Mode) -> dict[tuple[str, int], int]:
-    """For each reshape that takes attention heads apart, the dimension of which whole indices shall leave.
+def heads_of(scouted: Reading, mode: Mode) -> Heads:
+    """For each reshape that takes attention heads apart, the dimension of which whole indices leave, and the other.
 
     In attention, one dimension of a split (the heads) is a batch dimension of a product and another one (the inside of
     a head) is not.
@@ -61,24 +63,50 @@ def free_dimensions(scouted: Reading, mode: Mode) -> dict[tuple[str, int], int]:
     """
     root = components(scouted.atoms, scouted.edges)
     tokens: dict[int, set[tuple[tuple[str, int], int]]] = {}
-    for key, split in scouted.splits.items():
-        for part, label in split.parts.items():
-            for atom in set(root[label].tolist()):
-                tokens.setdefault(atom, set()).add((key, part))
 
     def carried(labels: list[Atoms]) -> set[tuple[tuple[str, int], int]]:
         return {token for label in labels for atom in set(root[label].tolist()) for token in tokens.get(atom, ())}
 
-    found: dict[tuple[str, int], int] = {}
+    for key, split in scouted.splits.items():
+        # What is taken apart twice, such as batch and heads in one dimension, is part of both splits.
+        before = carried([split.whole])
+        for part, label in split.parts.items():
+            for atom in set(root[label].tolist()):
+                tokens.setdefault(atom, set()).update(before | {(key, part)})
+
+    found: dict[tuple[str, int], tuple[int, int]] = {}
     for batch, others in scouted.products:
         inside = carried(others)
-        for key, part in sorted(carried(batch)):
-            for other in sorted(one for same, one in inside if same == key and one != part):
-                sizes = scouted.splits[key].sizes
-                found.setdefault(key, part if mode == "heads" and sizes[part] > 1 else other)
+        for key, heads in sorted(carried(batch)):
+            for width in sorted(one for same, one in inside if same == key and one != heads):
+                found.setdefault(key, (heads, width) if mode == "heads" else (width, heads))
     return found
 
 
+def equal_widths(reading: Reading) -> list[tuple[Atoms, Atoms]]:
+    """Labels of an attention's input and of its inside, where both are equally wide.
+
+    Forwards often take the one width for the other, so that they must stay equal.
+    """
+    pairs = []
+    for key, (free, whole) in reading.free.items():
+        split = reading.splits.get(key)
+        if split is None or free not in split.sizes or whole not in split.sizes:
+            continue
+        width = min(split.sizes[free] * split.sizes[whole], len(split.whole))
+        node: Any = split.node
+        while isinstance(node, fx.Node) and owner(node).startswith(owner(split.node)):
+            node = node.args[0] if node.args else None
+            if isinstance(node, fx.Node) and operator(node) in PROJECTIONS:
+                x = node.args[1 if operator(node) == "aten.addmm" else 0]
+                label = reading.labels(x).get(1 if "conv" in operator(node) else len(shape_of(x)) - 1)
+                if label is not None and len(label) == width:
+                    pairs.append((label, split.whole))
+                    break
+    return pairs
+
+
+PROJECTIONS = ("aten.linear", "aten.addmm", "aten.matmul", "aten.mm", "aten.conv1d", "aten.conv2d", "aten.conv3d")
 RULES: Mapping[str, Rule] = {"aten.scaled_dot_product_attention": attention}
 
 

@@ -70,6 +70,6 @@ RULES: Mapping[str, Rule] = {
         named("zeros ones full new_zeros new_ones new_full scalar_tensor"),
         constant,
     ),
-    **dict.fromkeys(named("zeros_like ones_like full_like empty_like"), like),
+    **dict.fromkeys(named("zeros_like ones_like full_like empty_like zero fill"), like),
     **dict.fromkeys(named("arange linspace eye empty new_empty tril_indices"), numbered),
 }

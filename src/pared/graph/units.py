@@ -117,7 +117,9 @@ def roles_of(reading: Reading) -> list[Role]:
     return roles
 
 
-def collect(reading: Reading, program: ExportedProgram, model: nn.Module) -> Channels:
+def collect(
+    reading: Reading, program: ExportedProgram, model: nn.Module, widths: Iterable[tuple[Atoms, Atoms]] = ()
+) -> Channels:
     """Everything about a model's channels, from a complete reading."""
     roles = roles_of(reading)
     found = find(reading, roles)
@@ -153,9 +155,28 @@ def collect(reading: Reading, program: ExportedProgram, model: nn.Module) -> Cha
         tensors={key: held for key, held in tensors.items() if held is not None},
         values={name: dims for name, dims in values.items() if dims},
         skips=skips_of(reading, found, roles, modules),
+        equal=equal_groups(found, groups, widths),
         approximate=approximate,
         counts=tuple(Count(module, attribute, held) for (module, attribute), held in counts.items()),
     )
+
+
+def equal_groups(
+    found: Found, groups: Sequence[Group], widths: Iterable[tuple[Atoms, Atoms]]
+) -> tuple[tuple[str, ...], ...]:
+    """Names of groups that must stay equally wide, in one tuple; only labels that are all of one group count."""
+    numbers = {group.name: number for number, group in enumerate(groups)}
+    edges = []
+    for pair in widths:
+        ends = []
+        for label in pair:
+            names = groups_in(found, groups, label)
+            if len(names) == 1 and (found.units_of(label) != NO_UNIT).all():
+                ends.append(np.array([numbers[names[0]]]))
+        edges += [(ends[0], ends[1])] if len(ends) == 2 else []
+    root = components(len(groups), edges)
+    several = [np.flatnonzero(root == first) for first in np.unique(root)]
+    return tuple(tuple(groups[int(number)].name for number in same) for same in several if len(same) > 1)
 
 
 def groups_in(found: Found, groups: Sequence[Group], label: Atoms) -> list[str]:
