@@ -29,6 +29,70 @@ class LowRank(nn.Module):
         return self.second(self.first(x))
 
 
+class ChannelsFirstNorm(nn.LayerNorm):
+    """A layer norm over the channels of images, as libraries of models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ActiveBatchNorm(nn.BatchNorm2d):
+    """A batch norm with its activation, as libraries of models have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class RootMeanSquare(nn.Module):
+    """A norm of its own kind that has the names of torch's."""
+
+    normalized_shape: tuple[int, ...]
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.normalized_shape, self.weight = (channels,), nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight)
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm of constants."""
+
+    weight: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_features = channels
+        self.register_buffer("weight", torch.randn(channels))
+
+
+class Features(nn.Module):
+    """A model that says how many features it gives, and has a weight of its own besides."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features, self.weight = features, nn.Parameter(torch.randn(features, 3))
+
+
+class Held(nn.Module):
+    """Parameters in a list and in a dictionary, and a layer norm without any."""
+
+    shape: list[int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.listed = nn.ParameterList([torch.randn(4), torch.randn(4, 4)])
+        self.named = nn.ParameterDict({"shift": torch.randn(4), "tied": self.listed[0]})
+        self.norm, self.shape = nn.LayerNorm(4, elementwise_affine=False), [1, 4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = (x * self.listed[0] + self.named["shift"]) @ self.listed[1] * self.named["tied"]
+        result: Tensor = self.norm(scaled).view(-1, *self.shape)
+        return result
+
+
 def low_rank(module: nn.Module, rank: int) -> nn.Module:
     assert isinstance(module, nn.Linear)
     return LowRank(module.in_features, module.out_features, rank)
@@ -46,7 +110,7 @@ def cut(module: str, tensor: str, dim: int, keep: list[int]) -> Edit:
     return Edit("slice", module, {"tensor": tensor, "dim": dim, "keep": keep})
 
 
-def put(module: str, name: str, value: int) -> Edit:
+def put(module: str, name: str, value: int | list[int]) -> Edit:
     return Edit("set_attribute", module, {"name": name, "value": value})
 
 
@@ -99,7 +163,6 @@ EDITS: dict[str, list[Edit]] = {
         *(cut("lstm", name, 0, UNIT_ROWS) for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")),
         *(cut("lstm", name, 0, UNIT_ROWS) for name in ("weight_ih_l1", "weight_hh_l1", "bias_ih_l1", "bias_hh_l1")),
         *(cut("lstm", name, 1, KEEP) for name in ("weight_hh_l0", "weight_ih_l1", "weight_hh_l1")),
-        put("lstm", "hidden_size", 4),
         cut("head", "weight", 1, KEEP),
     ],
     "tied_weights": [
@@ -220,6 +283,19 @@ def test_attributes_follow_the_shapes_when_channels_are_removed() -> None:
         (nn.InstanceNorm2d(4, affine=True), "weight", 0, {"num_features": 2}),
         (nn.Conv1d(4, 6, 3), "weight", 1, {"in_channels": 2, "out_channels": 6}),
         (nn.ConvTranspose1d(4, 4, 3, groups=2), "weight", 0, {"in_channels": 2, "out_channels": 4}),
+        (nn.ConvTranspose2d(4, 8, 3, groups=4), "weight", 0, {"in_channels": 2, "out_channels": 4, "groups": 2}),
+        (nn.Conv1d(4, 4, 3, groups=4), "weight", 0, {"in_channels": 2, "out_channels": 2, "groups": 2}),
+        (nn.EmbeddingBag(4, 3), "weight", 0, {"num_embeddings": 2, "embedding_dim": 3}),
+        (nn.LayerNorm((2, 4)), "weight", 1, {"normalized_shape": (2, 2)}),
+        (ChannelsFirstNorm(4), "weight", 0, {"normalized_shape": (2,)}),
+        (ActiveBatchNorm(4), "weight", 0, {"num_features": 2}),
+        (RootMeanSquare(4), "weight", 0, {"normalized_shape": (2,)}),
+        (FrozenNorm(4), "weight", 0, {"num_features": 2}),
+        (Features(4), "weight", 0, {"num_features": 4}),
+        (nn.GRU(4, 3), "weight_ih_l0", 1, {"input_size": 2, "hidden_size": 3}),
+        (nn.RNN(3, 4), "weight_hh_l0", 1, {"input_size": 3, "hidden_size": 2}),
+        (nn.LSTM(3, 6, proj_size=4), "weight_hr_l0", 0, {"input_size": 3, "hidden_size": 6, "proj_size": 2}),
+        (nn.LSTM(3, 6, proj_size=4), "weight_hr_l0", 1, {"input_size": 3, "hidden_size": 2, "proj_size": 4}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
@@ -269,6 +345,111 @@ def test_a_shared_module_stays_shared_when_edited_under_either_name(alias: str) 
 def test_lstm_computes_with_the_new_weights_when_sliced() -> None:
     edited = apply_edits(ZOO["lstm"]()[0], EDITS["lstm"], {})
     assert all(a is b for a, b in zip(edited.lstm._flat_weights, edited.lstm.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")  # torch, of its own speed
+@pytest.mark.parametrize("proj_size", [0, 6])
+def test_a_whole_lstm_equals_a_new_one_of_that_size_when_its_units_and_inputs_are_removed(proj_size: int) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    model = nn.LSTM(5, 8, proj_size=proj_size, **options).eval()
+    outputs = proj_size or 8
+    kept = [0, 2, 3] if proj_size else KEEP
+    twice = [*kept, *(outputs + index for index in kept)]
+    edits = [cut("", f"weight_ih_l0{end}", 1, [1, 2, 4]) for end in ("", "_reverse")]
+    for layer, end in ((0, ""), (0, "_reverse"), (1, ""), (1, "_reverse")):
+        edits += [cut("", f"{name}_l{layer}{end}", 0, UNIT_ROWS) for name in ("weight_ih", "weight_hh", "bias_ih")]
+        edits += [cut("", f"bias_hh_l{layer}{end}", 0, UNIT_ROWS), cut("", f"weight_hh_l{layer}{end}", 1, kept)]
+        edits += [cut("", f"weight_ih_l1{end}", 1, twice)] if layer else []
+        if proj_size:
+            edits += [cut("", f"weight_hr_l{layer}{end}", 0, kept), cut("", f"weight_hr_l{layer}{end}", 1, KEEP)]
+    edited = apply_edits(model, edits, {})
+    fresh = nn.LSTM(3, 4, proj_size=len(kept) if proj_size else 0, **options).eval()
+    fresh.load_state_dict(edited.state_dict())
+    assert repr(edited) == repr(fresh)
+    x = torch.randn(2, 7, 3)
+    assert torch.equal(edited(x)[0], fresh(x)[0])
+
+
+def test_groups_set_after_the_slices_equal_a_convolution_and_a_norm_of_that_size() -> None:
+    # Two of four groups go: of a convolution with two filters and one input each, of its transpose, and of a norm.
+    pairs = [0, 1, 4, 5]
+    plain = apply_edits(
+        nn.Conv2d(4, 8, 3, groups=4),
+        [cut("", name, 0, pairs) for name in ("weight", "bias")] + [put("", "groups", 2)],
+        {},
+    )
+    assert repr(plain) == repr(nn.Conv2d(2, 4, 3, groups=2))
+    transposed = apply_edits(
+        nn.ConvTranspose2d(8, 4, 3, groups=4),
+        [cut("", "weight", 0, pairs), cut("", "bias", 0, [0, 2]), put("", "groups", 2)],
+        {},
+    )
+    assert repr(transposed) == repr(nn.ConvTranspose2d(4, 2, 3, groups=2))
+    norm = apply_edits(
+        nn.GroupNorm(4, 8), [cut("", name, 0, pairs) for name in ("weight", "bias")] + [put("", "num_groups", 2)], {}
+    )
+    assert repr(norm) == repr(nn.GroupNorm(2, 4))
+    x = torch.randn(2, 2, 5, 5)
+    assert norm(transposed(plain(x))[:, [0, 1, 0, 1]]).shape == (2, 4, 5, 5)
+
+
+def test_a_removed_group_equals_its_own_outputs_when_a_transposed_depthwise_convolution_is_sliced() -> None:
+    torch.manual_seed(0)
+    model = nn.ConvTranspose2d(4, 8, 3, stride=2, groups=4)
+    x = torch.randn(2, 4, 5, 5)
+    edited = apply_edits(model, [cut("", "weight", 0, [1, 3]), cut("", "bias", 0, [2, 3, 6, 7])], {})
+    torch.testing.assert_close(edited(x[:, [1, 3]]), model(x)[:, [2, 3, 6, 7]])
+
+
+def test_tensors_in_lists_and_dictionaries_and_lists_of_integers_follow_when_edited() -> None:
+    model, keep = Held(), [0, 2, 3]
+    edits = [
+        *(cut("listed", name, dim, keep) for name, dim in (("0", 0), ("1", 0), ("1", 1))),
+        cut("named", "shift", 0, keep),
+        put("norm", "normalized_shape", [3]),
+        put("", "shape", [1, 3]),
+    ]
+    edited = apply_edits(model, through_json(edits), {})
+    assert edited.named["tied"] is edited.listed[0]
+    assert (edited.norm.normalized_shape, edited.shape) == ((3,), [1, 3])
+    assert (model.norm.normalized_shape, model.shape) == ((4,), [1, 4])
+    x = torch.randn(2, 4)
+    first, second = (value.detach() for value in model.listed)
+    shift = model.named["shift"].detach()
+    scaled = (x * first + shift)[:, keep] @ second[keep][:, keep] * first[keep]
+    torch.testing.assert_close(edited(x[:, keep]), nn.functional.layer_norm(scaled, (3,)).view(2, 1, 3))
+    half = apply_edits(model, [Edit("cast", "listed", {"dtype": "float16"})], {})
+    assert half.named["tied"] is half.listed[0]
+
+
+def test_an_attribute_of_attention_is_set_when_a_model_narrows() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 4, batch_first=True).eval()
+    keep = [0, 1, 2, 3, 6, 7]
+    edits = [
+        *(
+            cut("", name, 0, [part * 8 + i for part in range(3) for i in keep])
+            for name in ("in_proj_weight", "in_proj_bias")
+        ),
+        cut("", "in_proj_weight", 1, keep),
+        *(cut("out_proj", "weight", dim, keep) for dim in (0, 1)),
+        cut("out_proj", "bias", 0, keep),
+        *(put("", name, 6) for name in ("embed_dim", "kdim", "vdim")),
+        put("", "num_heads", 3),
+    ]
+    edited = apply_edits(model, edits, {})
+    fresh = nn.MultiheadAttention(6, 3, batch_first=True).eval()
+    fresh.load_state_dict(edited.state_dict())
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(edited(x, x, x)[0], fresh(x, x, x)[0])
+
+
+def test_an_attribute_that_follows_may_be_set_to_what_it_is_already() -> None:
+    edits = EDITS["lstm"]
+    assert repr(apply_edits(ZOO["lstm"]()[0], [*edits, put("lstm", "hidden_size", 4)], {})) == repr(
+        apply_edits(ZOO["lstm"]()[0], edits, {})
+    )
 
 
 def test_flags_are_kept_when_tensors_and_modules_change() -> None:
@@ -350,6 +531,8 @@ def test_nothing_changes_when_a_tensor_is_masked() -> None:
         (put("0", "training", 1), ModelError, "it is a bool"),
         (put("1", "inplace", 1), ModelError, "it is a bool"),
         (Edit("set_attribute", "0", {"name": "in_features", "value": 1.5}), PlanError, "value is the float 1.5"),
+        (put("0", "in_features", [3]), ModelError, r"in_features is 12, which cannot become \[3\]"),
+        (Edit("set_attribute", "0", {"name": "in_features", "value": [1.5]}), PlanError, r"integers, found \[1\.5\]"),
         (Edit("cast", "0", {"dtype": "flaot16"}), PlanError, "'flaot16'.*did you mean 'float16'"),
         (Edit("mask", "1", {"tensor": "weight"}), ModelError, "no parameter or buffer 'weight'"),
         (Edit("replace", "0", {"factory": "lowrank", "arguments": {}}), PlanError, "did you mean 'low_rank'"),

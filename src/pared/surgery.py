@@ -12,10 +12,12 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.rnn import RNNBase
 
 from pared.errors import ModelError, PlanError, nearest
 from pared.step import Edit
@@ -35,9 +37,10 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], factories: Mapping[str,
     What each kind of edit does to the module that it names, and its detail:
 
     - slice `{"tensor", "dim", "keep"}`: a parameter or buffer keeps these indices of one dimension. Attributes that
-      only repeat its shape (`in_channels`, `num_features`, ...) follow, as do the groups of a depthwise convolution.
+      only repeat its shape (`in_channels`, `hidden_size`, ...) follow, as do the groups of a depthwise convolution.
     - replace `{"factory", "arguments"}`: the module becomes `factories[factory](module, **arguments)`.
-    - set_attribute `{"name", "value"}`: an integer that the module's forward reads gets another value.
+    - set_attribute `{"name", "value"}`: an integer that the module's forward reads, or a list or tuple of integers,
+      gets another value: as many of them as before.
     - cast `{"dtype"}`: its floating-point tensors, and those of its submodules, change dtype.
     - mask `{"tensor"}`: the zeros of a tensor are to stay zero from here on. Nothing changes here.
 
@@ -108,18 +111,31 @@ def slice_tensor(root: nn.Module, edit: Edit) -> None:
 
 
 def set_attribute(root: nn.Module, edit: Edit) -> None:
-    """Give an integer of a module another value."""
-    name, value = details(edit, name=str, value=int)
+    """Give an integer of a module, or a list or tuple of them, another value."""
+    name, value = details(edit, name=str, value=(int, list, tuple))
     module = submodule(root, edit)
     found = inspect.getattr_static(module, name, None)
-    if type(found) is not int:
-        known = [key for key, item in vars(module).items() if type(item) is int]
-        kind = "no such attribute" if found is None else f"it is a {type(found).__name__}, only an int can be set"
+    if not is_integers(found):
+        known = [key for key, item in vars(module).items() if is_integers(item)]
+        kind = f"it is a {type(found).__name__}, only integers can be set" if found is not None else "no such attribute"
         raise ModelError(unfit(edit, f"{type(module).__name__}.{name}: {kind}; {nearest(name, known)}"))
-    if name in followers(module):
+    if not is_integers(value):
+        raise PlanError(unfit(edit, f"{name} takes integers, found {value!r}"))
+    if np.shape(found) != np.shape(value):
+        raise ModelError(unfit(edit, f"{name} is {found!r}, which cannot become {value!r}; {OTHER_MODEL}"))
+    # JSON has lists alone; the attribute stays what it was.
+    value = value if isinstance(found, int) else type(found)(value)
+    if followers(module).get(name, value) != value:
         raise PlanError(unfit(edit, f"{name} follows the shape of the weight; slice that instead"))
     setattr(module, name, value)
     settle(module)
+
+
+def is_integers(value: Any) -> bool:
+    """True for an integer, and for a list or tuple of integers."""
+    if type(value) in (list, tuple, torch.Size):
+        return bool(value) and all(type(item) is int for item in value)
+    return type(value) is int
 
 
 def cast(root: nn.Module, edit: Edit) -> None:
@@ -189,8 +205,11 @@ def like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def depthwise(module: _ConvNd, weight: Tensor) -> bool:
-    """True where each filter reads one channel of its own, so that its group goes when it goes."""
-    return not module.transposed and weight.shape[1] == 1 and module.groups == weight.shape[0]
+    """True where each index of the first dimension is a group of its own, which goes when it goes.
+
+    That is a filter that reads one channel alone, or an input of a transposed convolution that alone makes its outputs.
+    """
+    return module.groups == weight.shape[0] and (module.transposed or weight.shape[1] == 1)
 
 
 def settle(module: nn.Module) -> None:
@@ -201,6 +220,8 @@ def settle(module: nn.Module) -> None:
 
 def followers(module: nn.Module) -> dict[str, Any]:
     """What the attributes that only repeat shapes must be, by name."""
+    if isinstance(module, RNNBase):
+        return recurrent_sizes(module)
     if isinstance(module, _NormBase):
         sized = module.weight if module.weight is not None else module.running_mean
         return {} if sized is None else {"num_features": sized.shape[0]}
@@ -214,13 +235,31 @@ def followers(module: nn.Module) -> dict[str, Any]:
         return {"in_channels": shape[1] * module.groups, "out_channels": shape[0]}
     if isinstance(module, nn.Linear):
         return {"in_features": shape[1], "out_features": shape[0]}
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return {"normalized_shape": shape}
     if isinstance(module, nn.GroupNorm):
         return {"num_channels": shape[0]}
-    return {"num_parameters": shape[0]} if isinstance(module, nn.PReLU) else {}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": shape[0]}
+    return norm_sizes(module, shape)
+
+
+def norm_sizes(module: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The sizes that a norm repeats: torch's own, and any other that has its names for them."""
+    sizes = vars(module).get("normalized_shape")
+    if isinstance(sizes, (list, tuple)) and len(sizes) == len(shape):
+        return {"normalized_shape": type(sizes)(shape)}
+    # Of one dimension: a model may call something else so, and have a weight besides.
+    return {"num_features": shape[0]} if type(vars(module).get("num_features")) is int and len(shape) == 1 else {}
+
+
+def recurrent_sizes(module: RNNBase) -> dict[str, int]:
+    """The sizes of a recurrent layer. All its layers have the same, so the first says them."""
+    shapes = {name.removesuffix("_l0"): value.shape for name, value in tensors(module).items()}
+    sizes = {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
+    if module.proj_size:
+        sizes |= {"proj_size": shapes["weight_hr"][0], "hidden_size": shapes["weight_hr"][1]}
+    return sizes
 
 
 OTHER_MODEL = "is this the model that the plan was made for?"
