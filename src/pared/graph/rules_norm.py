@@ -61,6 +61,14 @@ def group_norm(reading: Reading, node: fx.Node) -> Labels:
     return with_dim(labels, 1, np.repeat(whole, shape[1] // groups))
 
 
+def slopes(reading: Reading, node: fx.Node) -> Labels:
+    """prelu: one slope a channel, or one for all."""
+    labels, shape, slope = reading.labels(node.args[0]), shape_of(node.args[0]), node.args[1]
+    if len(shape) < 2 or shape_of(slope) != (shape[1],) or shape[1] == 1:
+        return labels
+    return with_dim(labels, 1, reading.join([labels.get(1), reading.labels(slope).get(0)]))
+
+
 def with_dim(labels: Labels, dim: int, label: Any) -> Labels:
     """Labels with that of one dimension replaced; None leaves it out."""
     rest = {key: value for key, value in labels.items() if key != dim}
@@ -137,6 +145,8 @@ RULES: Mapping[str, Rule] = {
     "aten.native_layer_norm": layer_norm,
     "aten.rms_norm": layer_norm,
     "aten.group_norm": group_norm,
+    "aten.prelu": slopes,
+    "aten._prelu_kernel": slopes,
     **dict.fromkeys([f"aten.{name}" for name in SUMS + MEANS + OTHER], reduction),
     **dict.fromkeys([f"aten.{name}" for name in SAMPLED], pooling),
     **dict.fromkeys([f"aten.{name}" for name in ALONG], running),
