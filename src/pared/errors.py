@@ -10,6 +10,7 @@
     │   ├── PlanError          a step has nothing to change, or stands in an order that cannot work
     │   │   └── QuantizeError  a tensor, range or width that cannot be quantized
     │   └── ArtifactError      an artifact or output folder is missing, in use, damaged or not trusted
+    ├── PruneError             a pruned model does not compute what the original does without the removed channels
     ├── TrainError             training stopped: the loss is not finite, a process died
     ├── TargetError            a runtime is missing, or refuses the exported file
     │   ├── RefusedError       it does not run certain layers as planned; names them
@@ -69,6 +70,10 @@ class QuantizeError(PlanError):
 
 class ArtifactError(UsageError):
     """An artifact or output folder is missing, in use, damaged or not trusted."""
+
+
+class PruneError(ParedError):
+    """A pruned model and the original without the removed channels disagree."""
 
 
 class TrainError(ParedError):
