@@ -1,4 +1,4 @@
-"""From scores to the channels that stay: by ratio, or by a budget of parameters, multiply-accumulates or latency.
+"""From scores to the channels that stay: by ratio, or by a budget of parameters or multiply-accumulates.
 
 A choice is `keep`: a bool for each unit of the model, True where it stays. In each group the best-scored units stay;
 a budget only settles how many. Which sizes are allowed is `widths`'s work, what a choice costs is `costs`'s.

@@ -1,4 +1,4 @@
-"""How many units each group may keep: floors and caps, widths that a runtime likes, layers that must stay equal.
+"""How many units each group may keep: floors and caps, widths that a runtime likes, layers tied in size.
 
 Arithmetic on sizes alone: what is kept is `budgets`'s work. Groups whose sizes depend on one another form a *block*:
 one number decides for all of them.
@@ -6,10 +6,13 @@ one number decides for all of them.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 from pared.errors import PlanError
 from pared.graph.channels import NO_UNIT, Channels, Group
@@ -29,6 +32,18 @@ class Block:
 
     names: tuple[str, ...]
     options: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def totals(self) -> list[int]:
+        """Units of each option, rising."""
+        return [sum(option) for option in self.options]
+
+    def nearest(self, wish: float) -> int:
+        """Which option has the number of units nearest to a wish; of two as near, the larger."""
+        after = bisect.bisect_left(self.totals, wish)
+        if after in {0, len(self.totals)}:
+            return min(after, len(self.totals) - 1)
+        return after if self.totals[after] - wish <= wish - self.totals[after - 1] else after - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +121,13 @@ def blocks_of(
 
     Args:
         channels: Of the model.
-        names: Groups that may be pruned. One that must stay equal to another that may not is left out.
+        names: Groups that may be pruned. One of which as much must stay as of another that may not is left out.
         rows: As `rows_of` gives them.
         limits: Floors and caps.
         round_to: Widths become multiples of it.
 
     Raises:
-        PlanError: No size of a group fits its limits.
+        PlanError: Groups that depend on one another have no size in common.
     """
     groups = {group.name: group for group in channels.groups}
     allowed = set(names)
@@ -124,19 +139,19 @@ def blocks_of(
             continue
         done |= set(together)
         members = [groups[other] for other in together]
-        widths = set.intersection(*(set(fitting(group, rows, limits, round_to)) for group in members))
-        if not widths:
+        fractions = set.intersection(*(fitting(group, rows, limits, round_to) for group in members))
+        if not fractions:
             raise PlanError(
-                f"no number of channels fits {', '.join(together)} at once, which must stay equal; "
+                f"no fraction of channels fits {', '.join(together)} at once, of which the same must stay; "
                 "widen their limits or lower round_to"
             )
-        options = tuple(tuple(width // group.width for group in members) for width in sorted(widths))
+        options = tuple(tuple(int(part * group.size) for group in members) for part in sorted(fractions))
         blocks.append(Block(tuple(together), options))
     return blocks
 
 
 def equal_to(name: str, channels: Channels) -> list[str]:
-    """The groups that must stay as wide as one, with that one, in graph order."""
+    """The groups of which as much must stay as of one, with that one, in graph order."""
     found = {name}
     grown = True
     while grown:
@@ -145,17 +160,24 @@ def equal_to(name: str, channels: Channels) -> list[str]:
     return [group.name for group in channels.groups if group.name in found]
 
 
-def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> list[int]:
-    """Widths (units times width) that a group may have alone: within its limits, of layers that only it runs along
-    multiples of `round_to`, or all of it. Where no multiple is within the limits, they win."""
+def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> set[Fraction]:
+    """Fractions of a group that may stay: within its limits, and at widths of the layers that only it runs along that
+    are multiples of `round_to`; or all of it.
+
+    Where several layers leave no size but all of it, the first of them alone counts. Where no multiple is within the
+    limits, as in a layer that is smaller, the limits alone do.
+    """
     least, most = bounds(group, limits)
-    within = range(least, most + 1)
     own = [row for row in rows if set(row.takes) == {group.name}]
-    rounded = [size for size in within if all(row.width({group.name: size}) % round_to == 0 for row in own)]
-    chosen = rounded or list(within)
-    if most == group.size and group.size not in chosen:
-        chosen.append(group.size)
-    return [size * group.width for size in chosen]
+
+    def rounded(counted: Sequence[Row]) -> set[int]:
+        sizes = range(least, most + 1)
+        return {size for size in sizes if all(row.width({group.name: size}) % round_to == 0 for row in counted)}
+
+    chosen = rounded(own)
+    if chosen <= {group.size}:
+        chosen = rounded(own[:1]) or set(range(least, most + 1))
+    return {Fraction(size, group.size) for size in chosen | ({most} & {group.size})}
 
 
 def settle(blocks: Iterable[Block], wishes: Mapping[str, float]) -> dict[str, int]:
@@ -167,9 +189,8 @@ def settle(blocks: Iterable[Block], wishes: Mapping[str, float]) -> dict[str, in
     """
     sizes: dict[str, int] = {}
     for block in blocks:
-        wish = sum(wishes[name] for name in block.names)
-        chosen = min(block.options, key=lambda option: (abs(sum(option) - wish), -sum(option)))
-        sizes |= zip(block.names, chosen, strict=True)
+        option = block.options[block.nearest(sum(wishes[name] for name in block.names))]
+        sizes |= zip(block.names, option, strict=True)
     return sizes
 
 
@@ -202,19 +223,21 @@ def round_rows(sizes: Sizes, blocks: Sequence[Block], rows: Iterable[Row], full:
 
 def towards(sizes: Sizes, blocks: Iterable[Block], row: Row, target: int) -> Sizes | None:
     """Sizes at which a dimension has a width, reached by small moves spread over its blocks; None where none is."""
-    at = {block: block.options.index(tuple(sizes[name] for name in block.names)) for block in blocks}
-    start = dict(at)
+    moving = list(blocks)
+    at = [block.options.index(tuple(sizes[name] for name in block.names)) for block in moving]
+    start = list(at)
     found: Sizes = sizes
     step = 1 if target > row.width(sizes) else -1
     while (width := row.width(found)) != target:
-        moves: list[tuple[float, int, Block, Sizes]] = []
-        for block, index in at.items():
-            if 0 <= index + step < len(block.options):
-                moved = {**found, **dict(zip(block.names, block.options[index + step], strict=True))}
+        moves: list[tuple[float, int, Sizes]] = []
+        for number, block in enumerate(moving):
+            index = at[number] + step
+            if 0 <= index < len(block.options):
+                moved = {**found, **dict(zip(block.names, block.options[index], strict=True))}
                 if width != row.width(moved) and (row.width(moved) - target) * step <= 0:
-                    moves.append((abs(index + step - start[block]) / len(block.options), len(moves), block, moved))
+                    moves.append((abs(index - start[number]) / len(block.options), number, moved))
         if not moves:
             return None
-        _, _, block, found = min(moves, key=lambda move: move[:2])
-        at[block] += step
+        _, number, found = min(moves, key=lambda move: move[:2])
+        at[number] += step
     return found
