@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pared.distill.step import Distill
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.prune.step import PruneChannels
     from pared.quantize.aware import QuantizeAware
     from pared.quantize.dynamic import QuantizeDynamic
     from pared.quantize.half import CastHalf
@@ -29,6 +30,7 @@ HOMES = {
     "CastHalf": "pared.quantize.half",
     "Distill": "pared.distill.step",
     "ParedError": "pared.errors",
+    "PruneChannels": "pared.prune.step",
     "QuantizeAware": "pared.quantize.aware",
     "QuantizeDynamic": "pared.quantize.dynamic",
     "QuantizeStatic": "pared.quantize.static",
@@ -50,6 +52,7 @@ __all__ = [
     "CastHalf",
     "Distill",
     "ParedError",
+    "PruneChannels",
     "QuantizeAware",
     "QuantizeDynamic",
     "QuantizeStatic",
@@ -67,7 +70,7 @@ __all__ = [
 
 
 # Rooms with functions for the caller's own loop, as `pared.distill.ResponseLoss`.
-ROOMS = ("distill",)
+ROOMS = ("distill", "prune")
 
 
 def __getattr__(name: str) -> Any:

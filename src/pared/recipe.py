@@ -22,6 +22,7 @@ from pared.strict_yaml import read_json, read_yaml
 # Modules are imported only when a step is used, so that help texts need no torch.
 STEPS: Mapping[str, str] = {
     "Train": "pared.train.step:Train",
+    "PruneChannels": "pared.prune.step:PruneChannels",
     "QuantizeStatic": "pared.quantize.static:QuantizeStatic",
     "QuantizeWeights": "pared.quantize.weights:QuantizeWeights",
     "CastHalf": "pared.quantize.half:CastHalf",

@@ -247,6 +247,8 @@ class Context:
         deadline: `time.monotonic()` at which searches should stop, or None.
         dry: True when only planning: nothing expensive, estimates marked.
         progress: Told how far long work is.
+        batch_size: Samples in one call, where a step times files.
+        threads: Threads of one call, where a step times files; None: every usable core.
         floating: The last module before activations were quantized, where the model given is a program.
         memo: What `plan` leaves for the `apply` right after it, so that nothing is captured twice; may always be empty.
             `apply` leaves "floating" where it made a program and trained the module that the program was made of.
@@ -262,6 +264,8 @@ class Context:
     deadline: float | None = None
     dry: bool = False
     progress: Progress = silent
+    batch_size: int = 1
+    threads: int | None = None
     floating: nn.Module | None = None
     memo: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -39,12 +39,14 @@ class Rules:
         normalize: What a group's scores are divided by before those of different groups are compared.
         round_to: Widths become multiples of it, where a layer is not smaller.
         limits: {pattern of layers: (least, most) fraction of units that stays}.
+        path: From a number between 0 and 1 to the ratio of each group; takes the place of `scope` where given.
     """
 
     scope: Literal["local", "global"] = "local"
     normalize: Literal["mean", "max", "none"] = "mean"
     round_to: int = 1
     limits: Limits = dataclasses.field(default_factory=dict)
+    path: Callable[[float], Mapping[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,8 @@ class Problem:
 
     def wishes(self, ratio: float | Mapping[str, float]) -> dict[str, float]:
         """Units that each free group would have without limits."""
+        if self.rules.path is not None and not isinstance(ratio, Mapping):
+            ratio = self.rules.path(ratio)
         if isinstance(ratio, Mapping):
             return {group.name: group.size * (1 - ratio.get(group.name, 0.0)) for group in self.free}
         if self.rules.scope == "local":
@@ -173,7 +177,7 @@ def choose(
         [True, False, True, False]
     """
     made = problem(channels, scores, rules)
-    if rules.scope == "global" and not isinstance(ratio, Mapping):
+    if (rules.scope == "global" or rules.path is not None) and not isinstance(ratio, Mapping):
         most = sum(group.size * group.width for group in made.free) * (1 - ratio) + 1e-6
         sizes = within(made, lambda keep: channels_of(made, keep), most)
         sizes = made.sizes(1.0) if sizes is None else sizes
