@@ -295,10 +295,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 def spread(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     """A weight as it would be without groups: (out, in, ...), zero between groups."""
-    if transposed:
-        parts = [part.transpose(0, 1) for part in weight.chunk(groups)]
-    else:
-        parts = list(weight.chunk(groups))
+    parts = [part.transpose(0, 1) if transposed else part for part in weight.chunk(groups)]
     if groups == 1:
         return parts[0]
     out, inside = parts[0].shape[:2]

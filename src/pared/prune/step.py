@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
+import torch
 from torch import fx, nn
 
-from pared.errors import PlanError, SettingError
+from pared.errors import PlanError, PruneError, SettingError
 from pared.graph.capture import capture
+from pared.graph.channels import Channels, Group
 from pared.graph.labels import find_channels
 from pared.prune.budgets import Choice, candidates
 from pared.prune.choosing import Chooser
+from pared.prune.constants import constants_of, fold
 from pared.prune.edits import Fitted, edits_of
+from pared.prune.exact import difference
 from pared.prune.ratios import Equal, Ratios, Sensitivity, Widths, named_ratios
 from pared.prune.saliency import criterion_of, needs_of
 from pared.step import Context, Need, Plan, Skip, settings, settings_of
-from pared.surgery import apply_edits
+from pared.surgery import apply_edits, duplicate
 
 # How often groups are given up, since a forward does not run without their channels, before the model is.
 ATTEMPTS = 12
@@ -107,7 +111,8 @@ class PruneChannels:
             choice, measured = chooser.choice()
             fitted = edits_of(model, channels, choice.keep, ctx.task)
             if not fitted.pins:
-                return self.planned(chooser, choice, measured, fitted, (*channels.skips, *skips))
+                facts = {"pins": pins, **measured}
+                return self.planned(chooser, choice, fitted, (*channels.skips, *skips), facts)
             pins |= fitted.pins
         raise PlanError(
             f"PruneChannels: after {ATTEMPTS} attempts the model still does not run without channels: "
@@ -115,42 +120,80 @@ class PruneChannels:
         )
 
     def planned(
-        self, chooser: Chooser, choice: Choice, measured: dict[str, Any], fitted: Fitted, skips: tuple[Skip, ...]
+        self, chooser: Chooser, choice: Choice, fitted: Fitted, skips: tuple[Skip, ...], facts: dict[str, Any]
     ) -> Plan:
-        """The plan of a choice that is proved."""
-        channels, ctx, keep = chooser.channels, chooser.ctx, choice.keep
-        dense = chooser.dense
-        params, macs = chooser.params(keep), chooser.work(keep)
-        widths = {
-            group.name: [choice.sizes[group.name] * group.width, group.size * group.width] for group in channels.groups
-        }
-        facts: dict[str, Any] = {
-            "dense": dataclasses.asdict(dense),
-            "widths": widths,
-            "params": params / dense.params,
-            "macs": macs / dense.macs,
-            "difference": fitted.difference.relative if fitted.difference else None,
-            "approximate": {name: text for name, text in channels.approximate.items() if lost(widths[name])},
-            "warnings": [*choice.notes],
-            **measured,
-        }
+        """The plan of a choice whose edits are proved."""
+        channels, model, keep, ctx = chooser.channels, chooser.model, choice.keep, chooser.ctx
+        constants = constants_of(model, channels, keep, ctx.task)
+        bare = apply_edits(model, fitted.edits, {})
+        pruned = fold(bare, model, channels, keep, constants)
+        # Proved on a copy whose biases are not rounded to the model's own dtype again.
+        proof = fold(duplicate(bare).double(), model, channels, keep, constants)
+        apart = difference(model, proof, channels, keep, ctx.task, folded=constants.folded)
+        if not apart.exact:
+            raise PruneError(
+                f"PruneChannels: with the constants of removed channels taken in, the model is {apart.relative:.1e} "
+                f"from the masked one, where rounding explains {apart.tolerance:.0e}; please report this model"
+            )
+        ctx.memo["PruneChannels"] = (self, model, pruned)
+        dense, params, macs = chooser.dense, chooser.params(keep), chooser.work(keep)
+        widths = {g.name: [choice.sizes[g.name] * g.width, g.size * g.width] for g in channels.groups}
+        changed = [group for group in channels.groups if choice.sizes[group.name] < group.size]
+        unjudged = chooser.scored[1]
         return Plan(
             step="PruneChannels",
             settings=settings_of(self),
             edits=fitted.edits,
-            skips=(*skips, *chooser.scored[1]),
-            facts=facts,
+            skips=(*skips, *unjudged),
+            facts={
+                "dense": dataclasses.asdict(dense),
+                "keep": {group.name: keep[group.units].nonzero().flatten().tolist() for group in changed},
+                "widths": widths,
+                "params": params / dense.params,
+                "macs": macs / dense.macs,
+                "difference": apart.relative,
+                "folded": int(constants.folded.sum()),
+                "constants": dict(constants.left),
+                "approximate": {
+                    g.name: channels.approximate[g.name] for g in changed if g.name in channels.approximate
+                },
+                "warnings": [*choice.notes, *warnings_of(channels, changed)],
+                "curves": {name: [list(point) for point in curve] for name, curve in chooser.curves.items()},
+                **facts,
+            },
             estimate=ctx.dry,
         )
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The model without the channels. Raises: PruneError, ModelError where the plan does not fit the model."""
-        return apply_edits(model, plan.edits, {})
+        step, planned, ready = ctx.memo.pop("PruneChannels", (None, None, None))
+        if step == self and planned is model and ready is not None:
+            made: nn.Module = ready
+            return made
+        program = capture(model, ctx.task)
+        channels = find_channels(program, model, attention=self.widths.attention, pinned=plan.facts["pins"])
+        keep = torch.ones(channels.units, dtype=torch.bool)
+        groups = {group.name: group for group in channels.groups}
+        for name, kept in plan.facts["keep"].items():
+            if name not in groups:
+                raise PruneError(
+                    f"PruneChannels: the plan removes channels of {name}, which this model has not: plan again"
+                )
+            part = torch.zeros(groups[name].size, dtype=torch.bool)
+            part[kept] = True
+            keep[groups[name].units] = part
+        constants = constants_of(model, channels, keep, ctx.task)
+        return fold(apply_edits(model, plan.edits, {}), model, channels, keep, constants)
 
 
-def lost(width: Sequence[int]) -> bool:
-    """True where fewer channels stay than there were."""
-    return width[0] < width[1]
+def warnings_of(channels: Channels, changed: Sequence[Group]) -> list[str]:
+    """What the caller should know of a prune that went well."""
+    vague = [group.name for group in changed if group.name in channels.approximate]
+    found = []
+    if vague:
+        first = channels.approximate[vague[0]]
+        found.append(f"{len(vague)} groups ({vague[0]}, ...) are removed up to this: {first}")
+    return found
 
 
 def nothing_to_prune(skips: Sequence[Skip]) -> PlanError:
