@@ -168,7 +168,7 @@ def test_groups_that_must_stay_equal_are_refused_when_their_limits_share_no_size
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("share", [0.4, 1.0])
 def test_meet_is_within_the_budget_by_less_than_one_unit(scope, share):
     model, _, _, channels = tiny()
     scores = drawn(channels)
@@ -222,6 +222,13 @@ def test_a_pattern_that_matches_nothing_that_can_be_pruned_is_refused():
     assert candidates(channels, exclude=["head"])[1] == []
 
 
+def test_groups_with_small_units_use_up_what_heads_leave_of_a_budget():
+    channels = made([4, 256, 100], widths=[64, 1, 1], equal=[("a", "b")])
+    choice = meet(channels, drawn(channels), total, 0.6)
+    assert choice.sizes == {"a": 2, "b": 128, "c": 86}
+    assert total(choice.keep) == 216 == 0.6 * 360
+
+
 @st.composite
 def problems(draw):
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
@@ -238,7 +245,7 @@ def problems(draw):
     return channels, drawn(channels, draw(st.integers(0, 9))), rules
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(), st.floats(0, 1), st.floats(0, 1))
 def test_choose_never_empties_and_respects_limits_and_is_monotone(problem, first, second):
     channels, scores, rules = problem
@@ -298,7 +305,7 @@ def along(units):
 
 
 @pytest.mark.parametrize("wanted", [0.45, 0.6, 0.8])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_latency_is_met_within_five_percent_in_ten_measurements(seed, wanted):
     clock = Clock(seed, 96)
     reachable = min(abs(clock.exact(width) / wanted - 1) for width in range(clock.tile, 97, clock.tile))

@@ -22,7 +22,8 @@ from pared.prune.widths import settle as nearest_sizes
 from pared.step import Skip
 
 Cost = Callable[[Tensor], float]
-HALVINGS = 26  # of a ratio: the last are finer than one unit of any model
+HALVINGS = 22  # of a ratio: the last are finer than one unit of any model
+NEAR, ROUNDS = 0.998, 4  # a budget used up to so much is met; otherwise groups with smaller units fill it, so often
 NORMALIZERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mean": torch.mean,
     "max": torch.max,
@@ -220,31 +221,49 @@ def meet(
 
 
 def within(made: Problem, cost: Cost, most: float) -> Sizes | None:
-    """Sizes that cost at most so much, by halving the range of the ratio; None where the least cost more.
+    """Sizes that cost at most so much; None where the least cost more.
 
     The ratio just above and the one just below the budget differ in a few groups; as many of these as fit take the
-    larger size.
+    larger size. Where that leaves some of the budget, as where the few heads of attentions tie a wide layer, the groups
+    that did not fit stay as they are and the others share it.
     """
+    fixed: Sizes = {}
+    found = None
+    for _ in range(ROUNDS):
+        sizes = halve(made, cost, most, fixed)
+        if sizes is None:
+            return found
+        over, found = sizes
+        refused = []
+        for names in together(made):
+            larger = {**found, **{name: over[name] for name in names}}
+            if larger != found and cost(made.keep(larger)) > most:
+                refused += list(names)
+            else:
+                found = larger
+        if not refused or cost(made.keep(found)) >= NEAR * most:
+            break
+        fixed = {**fixed, **{name: found[name] for name in refused}}
+    return found
+
+
+def halve(made: Problem, cost: Cost, most: float, fixed: Sizes) -> tuple[Sizes, Sizes] | None:
+    """Sizes at two ratios that hardly differ, above a cost and not above it; the same twice where all fits, None where
+    nothing does. Some groups keep a fixed size."""
     low, high = 0.0, 1.0
-    over, under = made.sizes(low), made.sizes(high)
+    over, under = {**made.sizes(low), **fixed}, {**made.sizes(high), **fixed}
     if cost(made.keep(over)) <= most:
-        return over
+        return over, over
     if cost(made.keep(under)) > most:
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        sizes = made.sizes(middle)
+        sizes = {**made.sizes(middle), **fixed}
         if cost(made.keep(sizes)) <= most:
             high, under = middle, sizes
         else:
             low, over = middle, sizes
-        if over == under:
-            break
-    for names in together(made):
-        larger = {**under, **{name: over[name] for name in names}}
-        if larger != under and cost(made.keep(larger)) <= most:
-            under = larger
-    return under
+    return over, under
 
 
 def together(made: Problem) -> list[set[str]]:

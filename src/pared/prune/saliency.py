@@ -133,7 +133,7 @@ def activation(group: Group, evidence: Evidence) -> Tensor | None:
 def random(group: Group, evidence: Evidence) -> Tensor | None:
     """Evenly distributed in [0, 1), drawn from the group's name and the seed alone."""
     digest = hashlib.sha256(f"{evidence.seed}:{group.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
     return torch.rand(group.size, generator=generator, dtype=torch.float64)
 
 

@@ -139,15 +139,25 @@ def blocks_of(
             continue
         done |= set(together)
         members = [groups[other] for other in together]
-        fractions = set.intersection(*(fitting(group, rows, limits, round_to) for group in members))
-        if not fractions:
-            raise PlanError(
-                f"no fraction of channels fits {', '.join(together)} at once, of which the same must stay; "
-                "widen their limits or lower round_to"
-            )
-        options = tuple(tuple(int(part * group.size) for group in members) for part in sorted(fractions))
-        blocks.append(Block(tuple(together), options))
+        blocks.append(Block(tuple(together), options_of(members, rows, limits, round_to)))
     return blocks
+
+
+def options_of(
+    members: Sequence[Group], rows: Sequence[Row], limits: Limits, round_to: int
+) -> tuple[tuple[int, ...], ...]:
+    """The sizes that groups may have together: the same fraction of each. Raises: PlanError where there are none."""
+    sizes = [fitting(group, rows, limits, round_to) for group in members]
+    if len(members) == 1:
+        return tuple((size,) for size in sorted(sizes[0]))
+    parts = [{Fraction(size, group.size) for size in own} for group, own in zip(members, sizes, strict=True)]
+    shared = sorted(set.intersection(*parts))
+    if not shared:
+        raise PlanError(
+            f"no fraction of channels fits {', '.join(group.name for group in members)} at once, of which the same "
+            "must stay; widen their limits or lower round_to"
+        )
+    return tuple(tuple(int(part * group.size) for group in members) for part in shared)
 
 
 def equal_to(name: str, channels: Channels) -> list[str]:
@@ -160,8 +170,8 @@ def equal_to(name: str, channels: Channels) -> list[str]:
     return [group.name for group in channels.groups if group.name in found]
 
 
-def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> set[Fraction]:
-    """Fractions of a group that may stay: within its limits, and at widths of the layers that only it runs along that
+def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> set[int]:
+    """Units of a group that may stay: within its limits, and at widths of the layers that only it runs along that
     are multiples of `round_to`; or all of it.
 
     Where several layers leave no size but all of it, the first of them alone counts. Where no multiple is within the
@@ -177,7 +187,7 @@ def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) ->
     chosen = rounded(own)
     if chosen <= {group.size}:
         chosen = rounded(own[:1]) or set(range(least, most + 1))
-    return {Fraction(size, group.size) for size in chosen | ({most} & {group.size})}
+    return chosen | ({most} & {group.size})
 
 
 def settle(blocks: Iterable[Block], wishes: Mapping[str, float]) -> dict[str, int]:
