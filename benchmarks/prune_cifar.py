@@ -1,16 +1,22 @@
 """ResNet-20 on CIFAR-10, its channels pruned to less than half the multiply-accumulates: accuracy, and measured speed.
 
-    python benchmarks/prune_cifar.py --data FOLDER --work FOLDER [--seeds 2] [--jobs 4]
+    python benchmarks/prune_cifar.py --data FOLDER --work FOLDER [--seeds 4] [--jobs 8]
 
 --data holds train.parquet and test.parquet (Hugging Face layout, read with PIL and pyarrow) or cifar10.npz, which is
-left in --work by the first process that decodes them. --work keeps the networks, out of git. Phases, each resumable,
-rows are kept:
+left in --work by the first process that decodes them. --work keeps the networks and their plans, out of git. Phases,
+each resumable, rows are kept:
 
     dense     trains the network, one of each seed
-    all       every phase
+    small     trains one with all widths scaled down to the budget's multiply-accumulates, as often and as long
+    tune      what to prune by, and the learning rate of fine-tuning, on validation, with the network of seed 0
+    final     one-shot and iterative pruning, 15 epochs of fine-tuning in all, with and without the dense network as
+              teacher; the dense and the small network trained on for as long, in the same ways
+    criteria  every saliency criterion at the same budget, the same ratio in every layer, before and after fine-tuning
+    latency   the networks of seed 0 in ONNX Runtime, in turn, and a latency budget kept; on the CPU of this machine
+    claims    what the rows say of the issue's lines
 
-Validation is 5,000 images split off the official training data; test is read once for each row. All trainings are
-`pared.Train`, with the data whole on the device. `--device cpu` hides the GPU; jobs share one.
+Validation is 5,000 images split off the official training data; test is read once for each row, and in `tune` never.
+All trainings are `pared.Train`, with the data whole on the device. `--device cpu` hides the GPU; jobs share one.
 `--samples 1000 --epochs 1 --quick` is a trial of the whole script on a CPU, whose rows go to a folder of their own.
 """
 
@@ -18,12 +24,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +39,14 @@ import distillation
 import torch
 from distillation import Data, Residual, block
 from harness import RESULTS, Results
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pared
-from pared.graph.counts import count, totals
-from pared.step import Context
+from pared.graph.counts import Totals, count, totals
+from pared.step import Context, Plan
+from pared.surgery import apply_edits
+from pared.targets import find_target
 from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD
 from pared.train.schedules import Cosine
@@ -44,7 +54,25 @@ from pared.train.schedules import Cosine
 NAME, ISSUE = "prune_cifar", 5
 WIDTHS = (16, 32, 64)
 DENSE_EPOCHS, DENSE_LR = 100, 0.1
+# Widths in multiples of 8: ONNX Runtime pads others, and a network with 0.7 of every width ran slower than the whole.
+BUDGET: dict[str, Any] = {"macs": 0.45, "round_to": 8}
+CHOICES: dict[str, dict[str, Any]] = {
+    f"{saliency}, {scope}": {"saliency": saliency, "scope": scope}
+    for saliency in ("l1", "taylor")
+    for scope in ("local", "global")
+}
+CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
+RATES = (0.02, 0.05, 0.1)
+ROUNDS = {"one-shot": (15,), "iterative": (3, 3, 9)}  # epochs of fine-tuning after each prune
+EPOCHS = 15
+TAUGHT = "taught"
+TUNING_SEED = 100
+PLANNING = 4  # batches of training images that saliencies look at
+LATENCY = 0.6
 KEYS = ("phase", "kind", "setting", "seed")
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
 
 
 def resnet20(widths: Sequence[int] = WIDTHS) -> nn.Module:
@@ -62,7 +90,48 @@ def example() -> Tensor:
     return torch.zeros(2, 3, 32, 32)
 
 
-# --- trainings, each a job of a worker process -------------------------------------------------------------------
+def counted(model: nn.Module) -> Totals:
+    return totals(count(model.eval(), (example()[:1],)))
+
+
+def small_widths() -> tuple[int, ...]:
+    """The widest network of this shape within the budget, all widths scaled by the same factor."""
+    most = BUDGET["macs"] * counted(resnet20()).macs
+    scaled = ([round(width * part / 256) for width in WIDTHS] for part in range(256, 0, -1))
+    return next(tuple(widths) for widths in scaled if counted(resnet20(widths)).macs <= most)
+
+
+def fresh(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
+    torch.manual_seed(seed)
+    return resnet20(widths)
+
+
+def kept_as(kind: str, seed: int) -> Path:
+    return Path(OPTIONS.work) / f"{kind.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+
+
+def load(kind: str, seed: int) -> nn.Module:
+    """A network of an earlier job: the plans beside its weights, replayed."""
+    file = kept_as(kind, seed)
+    if not file.exists():
+        raise FileNotFoundError(f"no network at {file}; run the phase that trains it first")
+    plans = file.with_suffix(".json")
+    beside = json.loads(plans.read_text(encoding="utf8")) if plans.exists() else {"widths": WIDTHS, "plans": []}
+    model = resnet20(beside["widths"])
+    for data in beside["plans"]:
+        model = apply_edits(model, Plan.from_json(data).edits, {})
+    model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def save(model: nn.Module, kind: str, seed: int, plans: Sequence[Plan], widths: Sequence[int]) -> None:
+    file = kept_as(kind, seed)
+    beside = {"widths": list(widths), "plans": [plan.to_json() for plan in plans]}
+    file.with_suffix(".json").write_text(json.dumps(beside), encoding="utf8")
+    save_file(model.state_dict(), file)
+
+
+# --- jobs of a worker process ------------------------------------------------------------------------------------
 
 OPTIONS: argparse.Namespace
 LOADED: list[Data] = []
@@ -82,52 +151,110 @@ def data() -> Data:
     return LOADED[0]
 
 
-def trained(model: nn.Module, epochs: int, lr: float, seed: int, during: tuple[Any, ...] = ()) -> nn.Module:
-    """The model after `pared.Train`: images moved by up to 4 pixels and mirrored, half a cosine down to 0."""
-    optimizer = SGD(momentum=0.9, nesterov=True, weight_decay=5e-4)
-    hardware = Hardware(precision=OPTIONS.precision)
-    schedule = Cosine(warmup_epochs=0.5)
-    step = pared.Train(epochs=epochs, lr=lr, optimizer=optimizer, schedule=schedule, hardware=hardware, during=during)
+def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Module | None = None) -> nn.Module:
+    """The model after `pared.Train`: images moved by up to 4 pixels and mirrored, half a cosine down to 0.
+
+    Args:
+        dense: The teacher, where the job's kind is a taught one.
+    """
+    taught = dense is not None and TAUGHT in job["kind"]
+    step = pared.Train(
+        epochs=OPTIONS.epochs or epochs,
+        lr=job["lr"],
+        optimizer=SGD(momentum=0.9, nesterov=True, weight_decay=5e-4),
+        schedule=Cosine(warmup_epochs=0.5),
+        hardware=Hardware(precision=OPTIONS.precision),
+        during=(pared.Distill(temperature=4, alpha=0.9),) if taught else (),
+    )
     with tempfile.TemporaryDirectory() as work:
-        ctx = Context(task=data().task(4), target=None, work=Path(work), dense=model, seed=seed)  # type: ignore[arg-type]
-        return step.apply(model, step.plan(model, ctx), ctx)
+        ctx = Context(
+            task=data().task(4),
+            target=find_target("onnxruntime"),
+            work=Path(work),
+            dense=dense or model,
+            seed=job["seed"],
+        )
+        return step.apply(model, step.plan(model, ctx), ctx).to("cpu").eval()
 
 
-def weights_file(kind: str, seed: int) -> Path:
-    return Path(OPTIONS.work) / f"{kind}-{seed}.safetensors"
+def planning_task() -> pared.Task:
+    """Some training images on the CPU, as they are, for the saliencies that look at data."""
+    images, labels = (part[: PLANNING * 256].cpu() for part in data().train)
+    mean, deviation = (part.cpu() for part in data().statistics)
+    x = (images.float() / 255 - mean) / deviation
+    batches = list(zip(x.split(256), labels.split(256), strict=True))
+    return pared.Task(
+        example_inputs=example(), calibration=[x for x, _ in batches], train=batches, loss=nn.CrossEntropyLoss()
+    )
 
 
-def fresh(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
-    torch.manual_seed(seed)
-    return resnet20(widths)
+def pruned(
+    model: nn.Module, dense: nn.Module, settings: Mapping[str, Any], fraction: float, plans: Sequence[Plan], seed: int
+) -> tuple[nn.Module, Plan]:
+    """One prune, a `fraction` of the way to the budget, and its plan."""
+    step = pared.PruneChannels(**settings)
+    step = step if fraction == 1 else step.at(fraction)
+    with tempfile.TemporaryDirectory() as work:
+        ctx = Context(
+            task=planning_task(),
+            target=find_target("onnxruntime"),
+            work=Path(work),
+            dense=dense,
+            seed=seed,
+            history=tuple(plans),
+        )
+        plan = step.plan(model, ctx)
+        return step.apply(model, plan, ctx).eval(), plan
 
 
-def run_dense(job: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    epochs = OPTIONS.epochs or OPTIONS.dense_epochs
-    return trained(fresh(job["seed"]), epochs, job["lr"], job["seed"]), {"epochs": epochs}
+def run_dense(job: Mapping[str, Any]) -> dict[str, Any]:
+    widths = WIDTHS if job["kind"] == "dense" else small_widths()
+    model = trained(fresh(job["seed"], widths), OPTIONS.dense_epochs, job)
+    save(model, job["kind"], job["seed"], (), widths)
+    return {"epochs": OPTIONS.epochs or OPTIONS.dense_epochs, **judged(model)}
 
 
-KINDS = {"dense": run_dense}
+def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense or the small network, trained on; taught by the dense one or not."""
+    kind, dense = job["kind"].split(",")[0], load("dense", job["source"])
+    model = trained(load(kind, job["source"]), EPOCHS, job, dense)
+    if job["phase"] == "final":
+        save(model, job["kind"], job["seed"], (), WIDTHS if kind == "dense" else small_widths())
+    return {"epochs": EPOCHS, **judged(model, job)}
+
+
+def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense network pruned and fine-tuned, in one round or several."""
+    dense = load("dense", job["source"])
+    model, plans, facts = dense, [], {}
+    rounds = ROUNDS[job["kind"].split(",")[0]]
+    for number, epochs in enumerate(rounds, 1):
+        fraction = number / len(rounds)
+        model, plan = pruned(model, dense, {**BUDGET, **job["choice"]}, fraction, plans, job["seed"])
+        plans.append(plan)
+        if job["phase"] == "criteria":
+            facts = {"before": data().accuracy(model, "test")}
+        model = trained(model, epochs, job, dense)
+    if job["phase"] == "final":
+        save(model, job["kind"], job["seed"], plans, WIDTHS)
+    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return {"epochs": sum(rounds), **facts, **judged(model, job), "widths": widths}
+
+
+def judged(model: nn.Module, job: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Accuracy, and what there is to compute."""
+    roles = ("validation",) if job and job["phase"] == "tune" else ("validation", "test")
+    made = counted(model)
+    return {"params": made.params, "macs": made.macs, **{role: data().accuracy(model, role) for role in roles}}
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """One job: a network made, saved and judged. Returns the row."""
     start = time.perf_counter()
-    model, facts = KINDS[job["phase"]](job)
-    model = model.to("cpu").eval()
-    save_file(model.state_dict(), weights_file(job["kind"], job["seed"]))
-    counted = totals(count(model, (example()[:1],)))
-    accuracy = {role: data().accuracy(model, role) for role in ("validation", "test")}
+    row = job["run"](job)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        **{key: job[key] for key in (*KEYS, "lr")},
-        "params": counted.params,
-        "macs": counted.macs,
-        **accuracy,
-        **facts,
-        "seconds": round(time.perf_counter() - start, 1),
-        "device": device,
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    return {**{key: job[key] for key in (*KEYS, "lr")}, **row, "seconds": seconds, "device": device}
 
 
 def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
@@ -148,19 +275,147 @@ def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse
         results.add(done.result())
 
 
+def job_of(run: Callable[..., Any], phase: str, kind: str, seed: int, lr: float, **rest: Any) -> dict[str, Any]:
+    """A job; `source` is the seed of the dense network that it starts from."""
+    made = {"run": run, "phase": phase, "kind": kind, "setting": "", "seed": seed, "lr": lr, "source": seed}
+    return made | rest
+
+
 # --- phases ------------------------------------------------------------------------------------------------------
 
 
-def job_of(phase: str, kind: str, seed: int, lr: float, setting: str = "") -> dict[str, Any]:
-    return {"phase": phase, "kind": kind, "setting": setting, "seed": seed, "lr": lr}
-
-
-def dense(results: Results, options: argparse.Namespace) -> None:
-    jobs = [job_of("dense", "dense", seed, options.dense_lr) for seed in range(options.seeds)]
+def train_dense(kind: str, results: Results, options: argparse.Namespace) -> None:
+    jobs = [job_of(run_dense, kind, kind, seed, options.dense_lr) for seed in range(options.seeds)]
     work_through(jobs, results, options)
 
 
-PHASES = {"dense": dense}
+def tune(results: Results, options: argparse.Namespace) -> None:
+    jobs = []
+    for lr in RATES[:1] if options.quick else RATES:
+        rest: dict[str, Any] = {"seed": TUNING_SEED, "lr": lr, "source": 0}
+        jobs.append(job_of(run_longer, "tune", "dense, trained on", setting=f"lr {lr}", **rest))
+        jobs += [
+            job_of(run_pruned, "tune", "one-shot", setting=f"{name}, lr {lr}", choice=choice, **rest)
+            for name, choice in CHOICES.items()
+        ]
+    work_through(jobs, results, options)
+
+
+def best(results: Results, kind: str) -> tuple[str, float]:
+    """What to prune by, and the learning rate, of the row that is best on validation."""
+    rows = [row for row in results.rows if (row["phase"], row["kind"]) == ("tune", kind)]
+    if not rows:
+        raise SystemExit("no rows of the phase tune; run --phase tune first")
+    row = max(rows, key=lambda row: row["validation"])
+    return row["setting"].rpartition("lr")[0].strip(", "), row["lr"]
+
+
+def final(results: Results, options: argparse.Namespace) -> None:
+    (name, lr), (_, rate) = best(results, "one-shot"), best(results, "dense, trained on")
+    jobs = []
+    for seed in range(options.seeds):
+        for ending in ("", f", {TAUGHT}"):
+            jobs += [
+                job_of(run_pruned, "final", kind + ending, seed, lr, choice=CHOICES[name], setting=name)
+                for kind in ROUNDS
+            ]
+            jobs += [
+                job_of(run_longer, "final", f"{kind}, trained on{ending}", seed, rate) for kind in ("dense", "small")
+            ]
+    work_through(jobs, results, options)
+
+
+def criteria(results: Results, options: argparse.Namespace) -> None:
+    lr = best(results, "one-shot")[1]
+    jobs = [
+        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={"saliency": name, "scope": "local"})
+        for seed in range(options.seeds)
+        for name in CRITERIA
+    ]
+    work_through(jobs, results, options)
+
+
+def latency(results: Results, options: argparse.Namespace) -> None:
+    import prune_latency
+
+    set_up(options)
+    kinds = dict.fromkeys(row["kind"] for row in results.rows if row["phase"] in ("dense", "small", "final"))
+    results.rows = [row for row in results.rows if row["phase"] not in ("latency", "budget")]
+    models = {kind: load(kind, 0) for kind in kinds}
+    start = time.perf_counter()
+    dense = models["dense"]
+    model, plan = pruned(dense, dense, {"latency": LATENCY, "round_to": 8}, 1, (), 0)
+    row = {"phase": "budget", "kind": "latency budget", "setting": str(LATENCY), "seed": 0, "latency": LATENCY}
+    row |= {"facts": plan.facts.get("latency"), "macs": counted(model).macs, "params": counted(model).params}
+    results.add(row | {"seconds": round(time.perf_counter() - start, 1)})
+    models["latency budget"] = model
+    for row in prune_latency.rows(models, example(), baseline="dense"):
+        results.add({"phase": "latency", "setting": f"batch {row['batch']}", "seed": 0, **row})
+
+
+# --- claims ------------------------------------------------------------------------------------------------------
+
+
+def mean_of(results: Results, kind: str, column: str = "test") -> float:
+    """The mean over the seeds."""
+    rows = [row for row in results.rows if row["kind"] == kind and row["phase"] in ("dense", "small", "final")]
+    return statistics.fmean(row[column] for row in rows) if rows else float("nan")
+
+
+def claims(results: Results, _options: argparse.Namespace) -> None:
+    results.claims = []
+    claim = functools.partial(results.claim, ISSUE)
+    whole = mean_of(results, "dense")
+    claim("accuracy of the dense ResNet-20, test, %, mean of the seeds", whole, ">=", 90.5)
+    for ending in ("", f", {TAUGHT}"):
+        longer = mean_of(results, "dense, trained on" + ending)
+        better = max(whole, longer) if longer == longer else whole
+        for kind in (kind + ending for kind in ROUNDS):
+            if mean_of(results, kind) != mean_of(results, kind):
+                continue
+            claim(
+                f"{kind}: times fewer multiply-accumulates",
+                mean_of(results, "dense", "macs") / worst_macs(results, kind),
+                ">=",
+                2.0,
+            )
+            small = mean_of(results, "small, trained on" + ending)
+            what = f"{kind}: points below the better of the dense network ({whole:.2f}) and the same trained on"
+            claim(
+                f"{what} ({longer:.2f}); a small dense one {better - small:.2f} below",
+                better - mean_of(results, kind),
+                "<=",
+                0.6,
+            )
+            for row in results.rows:
+                if row["phase"] == "latency" and row["kind"] == kind:
+                    claim(f"{kind}: measured speed-up, {row['setting']} (high end)", row["speedup"]["high"], ">=", 1.5)
+    for row in results.rows:
+        if row["phase"] == "latency" and row["kind"] == "latency budget" and row["batch"] == 1:
+            reached = 1 / row["speedup"]["value"]
+            claim(
+                "latency budget: parts of it that the measured latency is off by",
+                abs(reached / LATENCY - 1),
+                "<=",
+                0.05,
+            )
+        if row["phase"] == "budget" and row["facts"]:
+            claim("latency budget: measurements", len(row["facts"]["measurements"]), "<=", 10)
+
+
+def worst_macs(results: Results, kind: str) -> int:
+    return max(row["macs"] for row in results.rows if row["kind"] == kind and row["phase"] == "final")
+
+
+PHASES: dict[str, Callable[[Results, argparse.Namespace], None]] = {
+    "dense": functools.partial(train_dense, "dense"),
+    "small": functools.partial(train_dense, "small"),
+    "tune": tune,
+    "final": final,
+    "criteria": criteria,
+    "latency": latency,
+    "claims": claims,
+}
 
 
 def read(options: argparse.Namespace) -> Results:
@@ -175,7 +430,7 @@ def read(options: argparse.Namespace) -> Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", choices=("all", *PHASES), default="all")
+    parser.add_argument("--phase", choices=("all", *PHASES), nargs="+", default=["all"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "prune_cifar")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -197,7 +452,7 @@ def main() -> None:
     options.teachers = options.work  # where `Data` leaves the decoded images
     options.work.mkdir(parents=True, exist_ok=True)
     results = read(options)
-    for phase in PHASES if options.phase == "all" else (options.phase,):
+    for phase in PHASES if "all" in options.phase else options.phase:
         PHASES[phase](results, options)
     for pool in POOL:
         pool.shutdown()
