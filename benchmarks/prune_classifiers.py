@@ -4,9 +4,9 @@
 
 NAMES is a text file, one torchvision model a line. The weights are random. Each tool prunes by a ratio of 0.5, layer by
 layer, in a fresh process of one thread, in 120 seconds of its processor time (so that nobody else on the machine
-decides); then the pruned model must run, be written as ONNX, and agree with its file in ONNX Runtime. Neither is told
-anything of a model: Torch-Pruning gets what its own examples find in any model by looking (the classifier, and how many
-heads a `qkv` has), and no hint for one. Rows are kept from run to run.
+decides); then the pruned model must run, be written as ONNX, and agree with its file in ONNX Runtime. pared is told
+nothing of a model. Torch-Pruning gets what its own examples find in any model by looking (the classifier, and how many
+heads a `qkv` has), and for VisionTransformer the hint of its own script. Rows are kept from run to run.
 """
 
 from __future__ import annotations
@@ -134,28 +134,36 @@ def last_layers(model: nn.Module, output: torch.Size) -> list[nn.Module]:
 
 
 def prune_rival(model: nn.Module, x: Tensor, _work: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """As its README does with any model: magnitudes, every group by the same ratio, all layers but the classifier."""
+    """As its README does with any model: magnitudes, every group by the same ratio, all layers but the classifier.
+
+    torchvision's VisionTransformer alone gets what its own script of torchvision's models has for it: widths that are
+    multiples of the number of heads, and the new width written into `hidden_dim`.
+    """
     import torch_pruning as tp
 
-    heads = last_layers(model, model(x[:1]).shape)
-    counts: dict[nn.Module, int] = {}
+    kept = last_layers(model, model(x[:1]).shape)
+    heads: dict[nn.Module, int] = {}
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            counts[module] = module.num_heads
-        elif hasattr(module, "num_heads"):
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            kept.append(module)  # of nn.MultiheadAttention; also its script's
+        elif not isinstance(module, nn.MultiheadAttention) and hasattr(module, "num_heads"):
             found = (getattr(module, name, None) for name in ("qkv", "qkv_proj"))
-            counts |= {part: module.num_heads for part in found if isinstance(part, nn.Module)}
+            heads |= {part: module.num_heads for part in found if isinstance(part, nn.Module)}
+    hinted = hasattr(model, "hidden_dim") and hasattr(model, "conv_proj")
     pruner = tp.pruner.BasePruner(
         model,
         x[:1],
         importance=tp.importance.MagnitudeImportance(),
         pruning_ratio=RATIO,
         global_pruning=False,
-        ignored_layers=heads,
-        num_heads=counts,
+        ignored_layers=kept,
+        num_heads=heads,
+        round_to=model.encoder.layers[0].num_heads if hinted else None,
     )
     pruner.step()
-    return model, {}
+    if hinted:
+        model.hidden_dim = model.conv_proj.out_channels
+    return model, {"hinted": True} if hinted else {}
 
 
 TOOLS: Mapping[str, Callable[[nn.Module, Tensor, Path], tuple[nn.Module, dict[str, Any]]]] = {
