@@ -37,10 +37,11 @@ $(VENV)/%.stamp: $(VENV)/pared.stamp
 	@touch $@
 
 # No build of torchvision for CPUs fits the pinned torch, and one that does not fit breaks torchmetrics by its mere
-# presence. So it lies apart, where only tests and benchmarks that want its architectures look (tests/torchvision_models.py).
+# presence. So it lies apart, where only tests and benchmarks that want its architectures look (tests/torchvision_models.py),
+# and timm, which imports it, beside it.
 $(VENV)/torchvision.stamp: $(VENV)/dev.stamp
-	@echo 'installing torchvision apart'
-	@$(INSTALL) --no-deps --upgrade --target $(VENV)/apart torchvision
+	@echo 'installing torchvision and timm apart'
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/apart torchvision timm
 	@touch $@
 
 setup: $(VENV)/dev.stamp $(VENV)/docs.stamp $(VENV)/torchvision.stamp
@@ -68,14 +69,14 @@ bench: $(VENV)/bench.stamp $(VENV)/torchvision.stamp
 	@test -n '$(NAME)' || { echo 'say which: make bench NAME=..., one of' $(basename $(notdir $(wildcard benchmarks/*.py))) >&2; exit 2; }
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
-# A clean environment with every extra that CI or bench installs, frozen; torch and torchvision stay as they are.
+# A clean environment with every extra that CI or bench installs, frozen; torch, torchvision and timm stay as they are.
 constraints: $(VENV)/python.stamp
 	@rm -rf $(VENV)/new && $(PYTHON) -m venv $(VENV)/new
 	@$(VENV)/new/bin/python -m pip install --quiet hatchling editables
 	@$(VENV)/new/bin/python -m pip install --quiet --no-build-isolation \
 	  $$(grep -E '^torch==' constraints.txt) -e '.[dev,docs,bench]'
 	@$(VENV)/new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(VENV)/new/frozen
-	@grep '^torchvision==' constraints.txt >> $(VENV)/new/frozen
+	@grep -E '^(timm|torchvision)==' constraints.txt >> $(VENV)/new/frozen
 	@{ grep '^#' constraints.txt; LC_ALL=C sort -f $(VENV)/new/frozen; } > $(VENV)/new/constraints.txt
 	@mv $(VENV)/new/constraints.txt constraints.txt && rm -rf $(VENV)/new
 
