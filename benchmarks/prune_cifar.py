@@ -55,11 +55,11 @@ NAME, ISSUE = "prune_cifar", 5
 WIDTHS = (16, 32, 64)
 DENSE_EPOCHS, DENSE_LR = 100, 0.1
 # Widths in multiples of 8: ONNX Runtime pads others, and a network with 0.7 of every width ran slower than the whole.
-BUDGET: dict[str, Any] = {"macs": 0.45, "round_to": 8}
+BUDGET: dict[str, Any] = {"macs": 0.45, "widths": {"round_to": 8}}
 CHOICES: dict[str, dict[str, Any]] = {
-    f"{saliency}, {scope}": {"saliency": saliency, "scope": scope}
+    f"{saliency}, {ratios}": {"saliency": saliency, "ratios": ratios}
     for saliency in ("l1", "taylor")
-    for scope in ("local", "global")
+    for ratios in ("equal", "global")
 }
 CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
 RATES = (0.02, 0.05, 0.1)
@@ -328,7 +328,7 @@ def final(results: Results, options: argparse.Namespace) -> None:
 def criteria(results: Results, options: argparse.Namespace) -> None:
     lr = best(results, "one-shot")[1]
     jobs = [
-        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={"saliency": name, "scope": "local"})
+        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={"saliency": name})
         for seed in range(options.seeds)
         for name in CRITERIA
     ]
@@ -344,9 +344,9 @@ def latency(results: Results, options: argparse.Namespace) -> None:
     models = {kind: load(kind, 0) for kind in kinds}
     start = time.perf_counter()
     dense = models["dense"]
-    model, plan = pruned(dense, dense, {"latency": LATENCY, "round_to": 8}, 1, (), 0)
+    model, plan = pruned(dense, dense, {"latency": LATENCY, "widths": BUDGET["widths"]}, 1, (), 0)
     row = {"phase": "budget", "kind": "latency budget", "setting": str(LATENCY), "seed": 0, "latency": LATENCY}
-    row |= {"facts": plan.facts.get("latency"), "macs": counted(model).macs, "params": counted(model).params}
+    row |= {"facts": plan.facts.get("measured"), "macs": counted(model).macs, "params": counted(model).params}
     results.add(row | {"seconds": round(time.perf_counter() - start, 1)})
     models["latency budget"] = model
     for row in prune_latency.rows(models, example(), baseline="dense"):
@@ -400,7 +400,7 @@ def claims(results: Results, _options: argparse.Namespace) -> None:
                 0.05,
             )
         if row["phase"] == "budget" and row["facts"]:
-            claim("latency budget: measurements", len(row["facts"]["measurements"]), "<=", 10)
+            claim("latency budget: measurements", len(row["facts"]), "<=", 10)
 
 
 def worst_macs(results: Results, kind: str) -> int:
