@@ -23,7 +23,7 @@ from prune_classifiers import FOLDERS, ISSUE
 from torch import nn
 
 import pared
-from pared.errors import ParedError
+from pared.errors import ParedError, PlanError
 from pared.graph.capture import capture
 from pared.graph.labels import find_channels
 from pared.prune.budgets import choose
@@ -77,6 +77,8 @@ def measure(model: nn.Module, task: pared.Task, saliency: str, ratio: float) -> 
         if not fitted.pins:
             break
         pins |= fitted.pins
+    else:
+        raise PlanError(f"does not run without channels after {ATTEMPTS} attempts: {list(pins.values())[-1]}")
     pruned = apply_edits(model, fitted.edits, {})
     found = difference(model, pruned, channels, keep, task, seed=1)
     before, after = (sum(p.numel() for p in each.parameters()) for each in (model, pruned))
