@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from channels_by_hand import tiny
+from pared.graph.capture import capture
 from pared.graph.counts import count, totals
+from pared.graph.labels import find_channels
+from pared.prune.budgets import choose
 from pared.prune.costs import Work, kept_along, macs_of, marginal, params_of
+from pared.prune.edits import edits_of
 from pared.step import Edit
 from pared.surgery import apply_edits
+from pared.task import Task
+from zoo_models import make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,3 +61,14 @@ def test_marginal_is_what_one_unit_costs():
     # conv1: 3 x 9 weights, scale and shift, a row and a column of conv2 that meet, 4 x 9 of conv3, 3 of conv4.
     assert found["conv1"] == 27 + 2 + 11 + 36 + 3
     assert found["conv4"] == 10 + 9 * 5
+
+
+@pytest.mark.parametrize("name", ["depthwise", "grouped", "squeeze_excite", "attention_fused_qkv", "lstm"])
+def test_costs_of_groups_read_off_a_graph_are_those_of_the_pruned_model(name):
+    model, inputs = make(name)
+    task = Task(example_inputs=inputs)
+    channels = find_channels(capture(model, task), model)
+    keep = choose(channels, {group.name: torch.rand(group.size) for group in channels.groups}, 0.5).keep
+    pruned = apply_edits(model, edits_of(model, channels, keep, task, prove=False).edits, {})
+    found = totals(count(pruned, task.example_inputs))
+    assert (params_of(channels, model, keep), macs_of(channels, model, keep)) == (found.params, found.macs)
