@@ -180,8 +180,7 @@ def choose(
     made = problem(channels, scores, rules)
     if (rules.scope == "global" or rules.path is not None) and not isinstance(ratio, Mapping):
         most = sum(group.size * group.width for group in made.free) * (1 - ratio) + 1e-6
-        sizes = within(made, lambda keep: channels_of(made, keep), most)
-        sizes = made.sizes(1.0) if sizes is None else sizes
+        sizes, ratio = within(made, lambda keep: channels_of(made, keep), most) or (made.sizes(1.0), 1.0)
     else:
         sizes = made.sizes(ratio)
     return Choice(keep=made.keep(sizes), sizes=sizes, notes=emptied(made, ratio, sizes))
@@ -210,18 +209,19 @@ def meet(
     """
     made = problem(channels, scores, rules)
     base = cost(made.keep(made.full))
-    sizes = within(made, cost, base * share)
-    if sizes is None:
+    fitted = within(made, cost, base * share)
+    if fitted is None:
         least = cost(made.keep(made.sizes(1.0)))
         raise PlanError(
             f"{what}={share:g} cannot be met: the least that can be reached is {least / base:.3f} "
             f"({least:,.0f} of {base:,.0f}); {held(channels, scores, rules)}"
         )
-    return Choice(keep=made.keep(sizes), sizes=sizes, notes=emptied(made, 1.0 - share, sizes))
+    sizes, ratio = fitted
+    return Choice(keep=made.keep(sizes), sizes=sizes, notes=emptied(made, ratio, sizes))
 
 
-def within(made: Problem, cost: Cost, most: float) -> Sizes | None:
-    """Sizes that cost at most so much; None where the least cost more.
+def within(made: Problem, cost: Cost, most: float) -> tuple[Sizes, float] | None:
+    """Sizes that cost at most so much, and the ratio that led to them; None where the least cost more.
 
     The ratio just above and the one just below the budget differ in a few groups; as many of these as fit take the
     larger size. Where that leaves some of the budget, as where the few heads of attentions tie a wide layer, the groups
@@ -230,30 +230,31 @@ def within(made: Problem, cost: Cost, most: float) -> Sizes | None:
     fixed: Sizes = {}
     found = None
     for _ in range(ROUNDS):
-        sizes = halve(made, cost, most, fixed)
-        if sizes is None:
+        halved = halve(made, cost, most, fixed)
+        if halved is None:
             return found
-        over, found = sizes
+        over, sizes, ratio = halved
         refused = []
         for names in together(made):
-            larger = {**found, **{name: over[name] for name in names}}
-            if larger != found and cost(made.keep(larger)) > most:
+            larger = {**sizes, **{name: over[name] for name in names}}
+            if larger != sizes and cost(made.keep(larger)) > most:
                 refused += list(names)
             else:
-                found = larger
-        if not refused or cost(made.keep(found)) >= NEAR * most:
+                sizes = larger
+        found = sizes, ratio
+        if not refused or cost(made.keep(sizes)) >= NEAR * most:
             break
-        fixed = {**fixed, **{name: found[name] for name in refused}}
+        fixed = {**fixed, **{name: sizes[name] for name in refused}}
     return found
 
 
-def halve(made: Problem, cost: Cost, most: float, fixed: Sizes) -> tuple[Sizes, Sizes] | None:
-    """Sizes at two ratios that hardly differ, above a cost and not above it; the same twice where all fits, None where
-    nothing does. Some groups keep a fixed size."""
+def halve(made: Problem, cost: Cost, most: float, fixed: Sizes) -> tuple[Sizes, Sizes, float] | None:
+    """Sizes at two ratios that hardly differ, above a cost and not above it, and the second ratio; the same sizes twice
+    where all fits, None where nothing does. Some groups keep a fixed size."""
     low, high = 0.0, 1.0
     over, under = {**made.sizes(low), **fixed}, {**made.sizes(high), **fixed}
     if cost(made.keep(over)) <= most:
-        return over, over
+        return over, over, low
     if cost(made.keep(under)) > most:
         return None
     for _ in range(HALVINGS):
@@ -263,7 +264,7 @@ def halve(made: Problem, cost: Cost, most: float, fixed: Sizes) -> tuple[Sizes, 
             high, under = middle, sizes
         else:
             low, over = middle, sizes
-    return over, under
+    return over, under, high
 
 
 def together(made: Problem) -> list[set[str]]:
