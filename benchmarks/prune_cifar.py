@@ -62,7 +62,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     for ratios in ("equal", "global")
 }
 CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.05, 0.1)
 ROUNDS = {"one-shot": (15,), "iterative": (3, 3, 9)}  # epochs of fine-tuning after each prune
 EPOCHS = 15
 TAUGHT = "taught"
