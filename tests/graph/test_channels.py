@@ -339,12 +339,30 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, in
         image,
         {"one.0": 4, "two.0": 6, "head.0.0": 8},
     ),
+    "a convolution of a quarter of the channels": (
+        lambda: Does(
+            quarter,
+            stem=conv_norm(3, 16),
+            some=nn.Conv2d(4, 4, 3, padding=1),
+            head=head(16),
+        ),
+        image,
+        {"stem.0": 4, "some": 4},
+    ),
     "a bias written over in place": (
         lambda: Does(zeroed, into=nn.Linear(6, 8), head=nn.Linear(8, 3)),
         lambda: torch.randn(2, 6),
         {"into": 4},
     ),
 }
+
+
+def quarter(model: nn.Module, x: Tensor) -> Tensor:
+    """A partial convolution (arXiv:2303.03667), which reads the width of its part off a layer."""
+    some = model.get_submodule("some")
+    x = model.get_submodule("stem")(x)
+    first, rest = x[:, : some.in_channels], x[:, some.in_channels :]
+    return model.get_submodule("head")(torch.cat([some(first), rest], 1))
 
 
 def zeroed(model: nn.Module, x: Tensor) -> Tensor:
@@ -395,7 +413,7 @@ def test_an_operator_without_rule_pins_what_it_touches_and_is_named() -> None:
         (lambda x: x.softmax(1), "it runs along its channels (aten.softmax in the model itself)"),
         (lambda x: x[:, 1:], "it takes some of its channels, by number (aten.slice in the model itself)"),
         (lambda x: x[:, [0, 2, 3]], "its indices are looked up by number (aten.index in the model itself)"),
-        (lambda x: x.amax(1, keepdim=True) + x, "it takes the largest of its channels or the like"),
+        (lambda x: x.argmax(1, keepdim=True) + x, "it tells its channels apart"),
     ],
 )
 def test_channels_that_are_told_apart_by_number_stay(function: Callable[[Tensor], Tensor], why: str) -> None:

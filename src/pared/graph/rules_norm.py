@@ -89,7 +89,7 @@ def pooling(reading: Reading, node: fx.Node) -> Value:
 
 
 def reduction(reading: Reading, node: fx.Node) -> Value:
-    """Sums and norms may run over fewer channels, for a removed one adds nothing; means change a little."""
+    """Sums and norms may run over fewer channels, for a removed one adds nothing; means and maxima change a little."""
     name = operator(node).removeprefix("aten.")
     labels, shape = reading.labels(node.args[0]), shape_of(node.args[0])
     position = 2 if name == "linalg_vector_norm" or (name == "norm" and len(node.args) > 1) else 1
@@ -100,14 +100,22 @@ def reduction(reading: Reading, node: fx.Node) -> Value:
     for dim in dims:
         if name in MEANS:
             reading.blur(labels.get(dim), "a mean")
+        elif name in LARGEST and not asks_which(node):
+            reading.blur(labels.get(dim), "a maximum or minimum")
         elif name not in SUMS:
-            reading.pin(labels.get(dim), "it takes the largest of its channels or the like")
+            reading.pin(labels.get(dim), "it tells its channels apart")
     held = node.meta.get("val")
     first = held[0] if isinstance(held, (list, tuple)) else held
     keepdim = isinstance(first, torch.Tensor) and first.ndim == len(shape)
     order = [dim for dim in range(len(shape)) if keepdim or dim not in dims]
     kept = {place: labels[dim] for place, dim in enumerate(order) if dim in labels and dim not in dims}
     return [kept for _ in held] if isinstance(held, (list, tuple)) else kept
+
+
+def asks_which(node: fx.Node) -> bool:
+    """True where a forward also takes the second result: the indices of what was found."""
+    several = isinstance(node.meta.get("val"), (list, tuple))
+    return several and any(user.args[1] != 0 for user in node.users)
 
 
 def running(reading: Reading, node: fx.Node) -> Value:
@@ -127,7 +135,8 @@ def running(reading: Reading, node: fx.Node) -> Value:
 
 SUMS = ("sum", "linalg_vector_norm", "norm", "any", "count_nonzero", "nansum")
 MEANS = ("mean", "var", "std", "var_mean", "std_mean")
-OTHER = ("max", "min", "amax", "amin", "argmax", "argmin", "prod", "all", "median", "logsumexp", "mode", "aminmax")
+LARGEST = ("max", "min", "amax", "amin")
+OTHER = ("argmax", "argmin", "prod", "all", "median", "logsumexp", "mode", "aminmax")
 SAMPLED = (
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
     *(f"max_pool{n}d_with_indices" for n in (1, 2, 3)),
@@ -147,7 +156,7 @@ RULES: Mapping[str, Rule] = {
     "aten.group_norm": group_norm,
     "aten.prelu": slopes,
     "aten._prelu_kernel": slopes,
-    **dict.fromkeys([f"aten.{name}" for name in SUMS + MEANS + OTHER], reduction),
+    **dict.fromkeys([f"aten.{name}" for name in SUMS + MEANS + LARGEST + OTHER], reduction),
     **dict.fromkeys([f"aten.{name}" for name in SAMPLED], pooling),
     **dict.fromkeys([f"aten.{name}" for name in ALONG], running),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,20 +15,24 @@ from pared.graph.macs import concrete, shape_of
 from pared.graph.reading import Atoms, Labels, Reading, Rule, Value, argument, dims_of, results
 from pared.graph.rules_norm import with_dim
 
+MOST_PARTS = 16  # in more, hardly a unit would be left
 UNEQUAL = "it takes some of its channels, by number"
 
 
 def part(reading: Reading, label: Atoms | None, start: int, length: int) -> Atoms | None:
-    """Label of a run of indices; the forward may find its ends from a width, so that equal parts stay equal."""
+    """Label of a run of indices.
+
+    The forward may find its ends from a width, or have them written into it: nobody can tell. So the dimension is cut
+    in equal parts that are as long as can be, with the run's ends between two of them, and the same index leaves in
+    each: then every width shrinks in the same proportion.
+    """
     if label is None or length == len(label):
         return label
-    if length == 1:
+    each = math.gcd(start, length, len(label))
+    if each == 1 or len(label) // each > MOST_PARTS:
         reading.pin(label, UNEQUAL)
         return None
-    if len(label) % length or start % length:
-        reading.pin(label, UNEQUAL)
-        return None
-    return reading.tie_along(label.reshape(-1, length), 0)
+    return np.tile(reading.tie_along(label.reshape(-1, each), 0), length // each)
 
 
 def slicing(reading: Reading, node: fx.Node) -> Labels:
@@ -194,6 +199,14 @@ def gated(reading: Reading, node: fx.Node) -> Labels:
     return with_dim(labels, dim, part(reading, labels.get(dim), 0, shape[dim] // 2))
 
 
+def windows(reading: Reading, node: fx.Node) -> Labels:
+    """unfold: overlapping runs of one dimension, in a new last one."""
+    labels, shape = reading.labels(node.args[0]), shape_of(node.args[0])
+    dim = int(argument(node, 1, "dimension")) % len(shape)
+    reading.pin(labels.get(dim), UNEQUAL)
+    return with_dim(labels, dim, None)
+
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(["aten.split", "aten.chunk", "aten.split_with_sizes", "aten.unsafe_chunk"], splitting),
     **dict.fromkeys(["aten.unsafe_split", "aten.tensor_split"], splitting),
@@ -201,6 +214,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], concatenation),
     **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], pad),
     **dict.fromkeys(["aten.roll", "aten.flip"], moving),
+    "aten.unfold": windows,
     "aten.slice": slicing,
     "getitem": item,
     "aten.slice_scatter": scattering,
