@@ -69,15 +69,25 @@ def read(program: ExportedProgram, model: nn.Module, reading: Reading, pinned: M
     for tensor in reading.tensors:
         if tensor.name in pinned:
             reading.pin(tensor.atoms, pinned[tensor.name], exact=True)
+    live = used_nodes(program)
     for node in program.graph.nodes:
         reading.node = node
-        if node.op == "call_function" and is_tensor(node.meta.get("val")):
+        if node.op == "call_function" and node in live and is_tensor(node.meta.get("val")):
             reading.values[node] = one(reading, node)
         elif node.op == "output":
             for arg in node.all_input_nodes:
                 for label in reading.labels(arg).values():
                     reading.pin(label, OUTPUT, exact=True)
     return reading
+
+
+def used_nodes(program: ExportedProgram) -> set[fx.Node]:
+    """Nodes that the outputs depend on; the rest, as attention weights that nobody asked for, ties nothing."""
+    live: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+    return live
 
 
 def one(reading: Reading, node: fx.Node) -> Value:
@@ -101,7 +111,8 @@ def label_tensors(program: ExportedProgram, model: nn.Module, reading: Reading) 
     """Give every index of every parameter and buffer an atom, once for each tensor, in the order of their first use."""
     names = Modules(model).tensors
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind in HELD}
-    used = dict.fromkeys(arg for node in program.graph.nodes for arg in arguments_in_order(node))
+    live = used_nodes(program)
+    used = dict.fromkeys(arg for node in program.graph.nodes if node in live for arg in arguments_in_order(node))
     seen: dict[str, Labels] = {}
     for node in used:
         if node.op != "placeholder" or targets.get(node.name) not in names:

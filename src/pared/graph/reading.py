@@ -68,6 +68,7 @@ class Reading:
         tensors: In the order that the graph uses them.
         values: Labels of what each node makes.
         weights: Nodes made of nothing but parameters and buffers.
+        repeated: Labels of dimensions along which all values are the same.
         edges: Pairs of atoms that leave together.
         pins: Atoms that cannot leave, with the number of the reason.
         reasons: In the order that they were found.
@@ -85,6 +86,7 @@ class Reading:
     tensors: list[Tensor] = dataclasses.field(default_factory=list)
     values: dict[fx.Node, Value] = dataclasses.field(default_factory=dict)
     weights: set[fx.Node] = dataclasses.field(default_factory=set)
+    repeated: list[Atoms] = dataclasses.field(default_factory=list)
     edges: list[tuple[Atoms, Atoms]] = dataclasses.field(default_factory=list)
     pins: list[tuple[Atoms, int]] = dataclasses.field(default_factory=list)
     reasons: list[str] = dataclasses.field(default_factory=list)
@@ -98,6 +100,19 @@ class Reading:
         """Atoms that nothing else has."""
         self.atoms += size
         return np.arange(self.atoms - size, self.atoms)
+
+    def loose(self, size: int) -> Atoms:
+        """Atoms of a dimension along which all values are the same."""
+        label = self.fresh(size)
+        self.repeated.append(label)
+        return label
+
+    def is_loose(self, label: Atoms) -> bool:
+        """True for a label of equal values that has not been tied to any other."""
+        if not any(label is one for one in self.repeated):
+            return False
+        low, high = label[0], label[-1]
+        return not any(((side >= low) & (side <= high)).any() for edge in self.edges for side in edge)
 
     def labels(self, value: Any) -> Labels:
         """Labels of an argument; none for numbers and lists."""
@@ -124,6 +139,9 @@ class Reading:
             self.pin(second if first is None else first, why)
             return
         if first is second:
+            return
+        if len(first) != len(second):
+            self.pin(np.concatenate([first, second]), "it meets channels of another number")
             return
         stays = (first == STAYS) | (second == STAYS)
         if stays.any():

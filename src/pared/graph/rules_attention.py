@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import fx
 
 from pared.graph.capture import operator, owner
@@ -22,12 +23,15 @@ def attention(reading: Reading, node: fx.Node) -> Labels:
     query, key, value = node.args[:3]
     mask = argument(node, 3, "attn_mask")
     ndim = len(shape_of(query))
-    if argument(node, 7, "enable_gqa", False):
-        for operand in (query, key, value):
-            reading.pin(reading.labels(operand).get(ndim - 3), "several heads of its queries share one of its keys")
+    known = [dict(reading.labels(operand)) for operand in (query, key, value)]
+    for labels, operand in zip(known[1:], (key, value), strict=True):
+        if argument(node, 7, "enable_gqa", False) and ndim - 3 in labels:
+            # Several heads of the queries share one of the keys, and leave with it.
+            times = shape_of(query)[ndim - 3] // shape_of(operand)[ndim - 3]
+            labels[ndim - 3] = np.repeat(labels[ndim - 3], times)
     batch = LETTERS[: ndim - 2]
     # Four letters more: positions of queries (x) and of keys (y), the inside of a key (z) and of a value (v).
-    scores = contract(reading, [batch + "xz", batch + "yz"], [query, key], batch + "xy", batch)
+    scores = contract(reading, [batch + "xz", batch + "yz"], [query, key], batch + "xy", batch, known[:2])
     if argument(node, 6, "scale") is None and ndim - 1 in reading.labels(query):
         reading.blur(reading.labels(query)[ndim - 1], "the scale of the attention")
     reading.pin(scores.get(ndim - 1), POSITION)
@@ -37,11 +41,14 @@ def attention(reading: Reading, node: fx.Node) -> Labels:
             place = dim + ndim - len(sizes)
             if size > 1:
                 reading.join([scores.get(place), held.get(dim)])
-    mixed = contract(reading, [batch + "yv"], [value], batch + "yv", batch)
+    mixed = contract(reading, [batch + "yv"], [value], batch + "yv", batch, known[2:])
     reading.pin(mixed.get(ndim - 2), POSITION)
     result: Labels = {}
-    for dim in range(ndim - 2):
-        label = reading.join([scores.get(dim), mixed.get(dim)]) if shape_of(node)[dim] > 1 else None
+    for dim, size in enumerate(shape_of(node)[: ndim - 2]):
+        # One head of keys or values may serve all queries.
+        sides = [(scores, query), (scores, key), (mixed, value)]
+        found = [labels.get(dim) for labels, operand in sides if shape_of(operand)[dim] > 1]
+        label = reading.join(found) if size > 1 else None
         if label is not None:
             result[dim] = label
     if ndim - 2 in scores:

@@ -103,12 +103,20 @@ def embedding(reading: Reading, node: fx.Node) -> Labels:
 
 
 def contract(
-    reading: Reading, terms: Sequence[str], operands: Sequence[Any], result: str, batch: str | None = None
+    reading: Reading,
+    terms: Sequence[str],
+    operands: Sequence[Any],
+    result: str,
+    batch: str | None = None,
+    known: Sequence[Labels] | None = None,
 ) -> Labels:
-    """Einstein's sum: each letter is one dimension; the same letter is the same label, broadcasting size 1."""
+    """Einstein's sum: each letter is one dimension; the same letter is the same label, broadcasting size 1.
+
+    `known` are the labels of the operands, where they are not those of the graph.
+    """
     found: dict[str, list[Atoms | None]] = {}
-    for term, operand in zip(terms, operands, strict=True):
-        labels = reading.labels(operand)
+    known = known or [reading.labels(operand) for operand in operands]
+    for term, operand, labels in zip(terms, operands, known, strict=True):
         for dim, (letter, size) in enumerate(zip(term, shape_of(operand), strict=True)):
             if size == 1:
                 continue

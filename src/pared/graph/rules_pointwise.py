@@ -32,7 +32,7 @@ def pointwise(reading: Reading, node: fx.Node) -> Labels:
 def constant(reading: Reading, node: fx.Node) -> Labels:
     """The same number everywhere: a smaller one would do as well, except along a dynamic dimension."""
     held = node.meta["val"]
-    return {dim: reading.fresh(size) for dim, size in enumerate(held.shape) if isinstance(size, int) and size > 1}
+    return {dim: reading.loose(size) for dim, size in enumerate(held.shape) if isinstance(size, int) and size > 1}
 
 
 def like(reading: Reading, node: fx.Node) -> Labels:

@@ -23,6 +23,11 @@ def reshape(reading: Reading, node: fx.Node) -> Labels:
     result: Labels = {}
     for old, new in blocks(before, after):
         held = [dim for dim in old if dim in labels]
+        for dim in held[:]:
+            # What is only repeated, and has met nothing yet, can as well stay.
+            if len(held) > 1 and reading.is_loose(labels[dim]):
+                reading.pin(labels[dim], MIXED)
+                held.remove(dim)
         if len(held) > 1:
             for dim in held:
                 if reading.scouting:
@@ -132,7 +137,7 @@ def expand(reading: Reading, node: fx.Node) -> Labels:
             if local in labels:
                 result[dim] = labels[local]
         elif isinstance(size, int) and size > 1:
-            result[dim] = reading.fresh(size)
+            result[dim] = reading.loose(size)
     return result
 
 
