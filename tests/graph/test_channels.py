@@ -95,7 +95,8 @@ class Masked(fx.Interpreter):
         for dim, units in self.channels.values.get(name, {}).items():
             frame = [1] * value.ndim
             frame[dim] = -1
-            value = value * self.stays[units].reshape(frame) if value.is_floating_point() else value
+            if value.is_floating_point():  # not multiplied: a weight norm of zeros is not a number
+                value = torch.where(self.stays[units].reshape(frame), value, 0.0)
         return value
 
     def run_node(self, n: fx.Node) -> Any:
@@ -320,9 +321,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, in
         {"stem.0": 4},
     ),
     "weights that are computed": (
-        lambda: nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), head(8)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Standardized(4, 8, 3), nn.ReLU(), head(8)),
         image,
-        {"0": 8},
+        {"0": 4, "1": 8},
+    ),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), head(8)),
+        image,
+        {"0.parametrizations.weight": 8},
+    ),
+    "heads that share keys": (
+        lambda: Does(shares, query=nn.Linear(6, 16), key=nn.Linear(6, 8), value=nn.Linear(6, 8), out=nn.Linear(16, 3)),
+        lambda: torch.randn(2, 5, 6),
+        {"query": 2},
     ),
     "product with a bare parameter": (
         lambda: Does(lambda m, x: m.head(F.relu(x @ m.into.weight.t())), into=nn.Linear(6, 8), head=nn.Linear(8, 3)),
@@ -355,6 +366,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, in
         {"into": 4},
     ),
 }
+
+
+def shares(model: nn.Module, x: Tensor) -> Tensor:
+    """Grouped queries (arXiv:2305.13245): two heads share one of the keys and values."""
+    query, key, value = (
+        model.get_submodule(name)(x).unflatten(2, (-1, 4)).transpose(1, 2) for name in ("query", "key", "value")
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    return model.get_submodule("out")(mixed.transpose(1, 2).flatten(2))
 
 
 def quarter(model: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from pared.graph import (
@@ -109,7 +110,8 @@ def one(reading: Reading, node: fx.Node) -> Value:
 
 def label_tensors(program: ExportedProgram, model: nn.Module, reading: Reading) -> None:
     """Give every index of every parameter and buffer an atom, once for each tensor, in the order of their first use."""
-    names = Modules(model).tensors
+    modules = Modules(model)
+    names = modules.tensors
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind in HELD}
     live = used_nodes(program)
     used = dict.fromkeys(arg for node in program.graph.nodes if node in live for arg in arguments_in_order(node))
@@ -120,6 +122,8 @@ def label_tensors(program: ExportedProgram, model: nn.Module, reading: Reading) 
         name = names[str(targets[node.name])]
         if name not in seen:
             shape = shape_of(node)
+            if any(isinstance(modules.named[holder], _ConvNd) for holder in modules.holders[name]):
+                shape = shape[:2]  # positions in a kernel are no channels
             seen[name] = {dim: reading.fresh(size) for dim, size in enumerate(shape) if size > 1}
             reading.tensors += [Tensor(name, dim, atoms) for dim, atoms in seen[name].items()]
         reading.values[node] = seen[name]

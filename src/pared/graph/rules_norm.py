@@ -21,7 +21,8 @@ def batch_norm(reading: Reading, node: fx.Node) -> Value:
     held = [arg for arg in node.args[1:5] if isinstance(arg, fx.Node)]
     if shape[1] > 1:
         channel = reading.join([channel, *(reading.labels(arg).get(0) for arg in held)])
-    if argument(node, 5, "use_input_stats") is True and operator(node) == "aten.batch_norm":
+    # With the statistics of its input, as where weights are standardized; an instance norm has them for each channel.
+    if any(arg is True for arg in node.args[3:6]) and operator(node) != "aten.instance_norm":
         for label in [labels.get(dim) for dim in range(len(shape)) if dim != 1]:
             reading.blur(label, "the statistics of a batch norm")
     return results(node, with_dim(labels, 1, channel))
@@ -59,6 +60,18 @@ def group_norm(reading: Reading, node: fx.Node) -> Labels:
     whole = reading.tie_along(channel.reshape(groups, -1), 1)
     reading.counts.append((owner(node), "num_groups", whole))
     return with_dim(labels, 1, np.repeat(whole, shape[1] // groups))
+
+
+def weight_norm(reading: Reading, node: fx.Node) -> Labels:
+    """_weight_norm(v, g, dim): a length for each filter, over what it reads."""
+    labels, shape = dict(reading.labels(node.args[0])), shape_of(node.args[0])
+    kept = int(argument(node, 2, "dim", 0)) % len(shape)
+    for dim, label in labels.items():
+        if dim == kept:
+            reading.tie(label, reading.labels(node.args[1]).get(dim))
+        else:
+            reading.blur(label, "the length of a weight")
+    return labels
 
 
 def slopes(reading: Reading, node: fx.Node) -> Labels:
@@ -115,7 +128,7 @@ def reduction(reading: Reading, node: fx.Node) -> Value:
 def asks_which(node: fx.Node) -> bool:
     """True where a forward also takes the second result: the indices of what was found."""
     several = isinstance(node.meta.get("val"), (list, tuple))
-    return several and any(user.args[1] != 0 for user in node.users)
+    return several and any(user.args[1] != 0 and user.users for user in node.users)
 
 
 def running(reading: Reading, node: fx.Node) -> Value:
@@ -149,11 +162,13 @@ ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumpro
 RULES: Mapping[str, Rule] = {
     "aten.batch_norm": batch_norm,
     "aten.instance_norm": batch_norm,
+    "aten._native_batch_norm_legit": batch_norm,
     "aten._native_batch_norm_legit_no_training": batch_norm,
     "aten.layer_norm": layer_norm,
     "aten.native_layer_norm": layer_norm,
     "aten.rms_norm": layer_norm,
     "aten.group_norm": group_norm,
+    "aten._weight_norm": weight_norm,
     "aten.prelu": slopes,
     "aten._prelu_kernel": slopes,
     **dict.fromkeys([f"aten.{name}" for name in SUMS + MEANS + LARGEST + OTHER], reduction),

@@ -235,7 +235,9 @@ def skips_of(reading: Reading, found: Found, roles: Sequence[Role], modules: Mod
         if isinstance(module, LAYERS) and name not in reasons and name not in pruned:
             own = [modules.tensor(name, key) for key, _ in module.named_parameters(recurse=False)]
             used = any(tensor in read for tensor in own)
-            reasons[name] = "it makes one channel" if used else "no forward reads it"
+            single = 1 in (getattr(module, key, 0) for key in ("out_channels", "out_features", "embedding_dim"))
+            left = "it makes one channel" if single else "its weight is not used as it is"
+            reasons[name] = left if used else "no forward reads it"
     return tuple(Skip(name, reasons[name]) for name in modules.named if name in reasons and name not in pruned)
 
 
