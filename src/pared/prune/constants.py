@@ -317,14 +317,9 @@ def padded(node: fx.Node, name: str) -> bool:
 
 def unknown(value: Any) -> Any:
     """A floating-point tensor of the same shape that is not a number anywhere; other things as they are."""
-    return changed_to_nan(value) if floating(value) else value
+    return torch.full_like(value, float("nan")) if floating(value) else value
 
 
 def floating(value: Any) -> bool:
     """True for a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def changed_to_nan(value: Tensor) -> Tensor:
-    """Not a number, everywhere."""
-    return torch.full_like(value, float("nan"))

@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from pared.errors import CaptureError
 from pared.graph.capture import doubled, owner
 from pared.graph.channels import Channels, Group
-from pared.graph.macs import shape_of
 from pared.graph.units import Modules
 from pared.prune.attributes import Read, Rehearsal, reads_of, whose
 from pared.prune.exact import Difference, difference
@@ -62,9 +61,7 @@ def edits_of(
     Raises:
         CaptureError: The model itself does not run on the example inputs.
     """
-    search = Search(model, channels, task, trials)
-    fitted = search.fit(keep, prove=prove)
-    return fitted if fitted.edits or fitted.pins else Fitted(())
+    return Search(model, channels, task, trials).fit(keep, prove=prove)
 
 
 class Search:
@@ -85,25 +82,25 @@ class Search:
         unsure = {key: values for key, values in options.items() if len(values) > 1}
         failure: CaptureError | None = None
         worst: Difference | None = None
-        fitting = []
+        ran = False
         for choice in itertools.islice(self.choices(unsure), self.trials):
             chosen = {**sure, **choice}
             new = {key: value for key, value in chosen.items() if value != self.reads[key[0]][key[1]]}
             edits = (*base, *settings_edits(new))
             error = self.rehearse(edits)
-            if error is None:
-                fitting.append(edits)
-            failure = failure or error
-        for edits in fitting:
-            if not prove and len(fitting) == 1:
+            if error is not None:
+                failure = failure or error
+                continue
+            if not prove and not unsure:
                 return Fitted(edits)
             found = self.compare(edits, keep)
             if found is not None and found.exact:
                 return Fitted(edits, difference=found)
-            worst = worst or found
+            # It ran, so that no line failed.
+            ran, worst = True, worst or found
         if not blame:
             return Fitted(base, {"": "it failed"})
-        return Fitted(base, self.blame(keep, failure if not fitting else None, worst))
+        return Fitted(base, self.blame(keep, None if ran else failure, worst))
 
     def options(self, keep: Tensor) -> dict[Attribute, list[Read]]:
         """Values that attributes could take, the likelier first, for each one that may have to change."""
@@ -121,13 +118,17 @@ class Search:
         kinds: dict[tuple[type, str], list[Attribute]] = {}
         for module, name in unsure:
             kinds.setdefault((type(self.rehearsal.ghost.get_submodule(module)), name), []).append((module, name))
-        depths = [range(max(len(unsure[key]) for key in keys)) for keys in kinds.values()]
-        for places in sorted(itertools.product(*depths), key=sum):
-            yield {
-                key: unsure[key][min(place, len(unsure[key]) - 1)]
-                for place, keys in zip(places, kinds.values(), strict=True)
-                for key in keys
-            }
+        # The likeliest for all, then one kind otherwise, then two, ...
+        for number in range(len(kinds) + 1):
+            for others in itertools.combinations(kinds, number):
+                depths = [range(1, max(len(unsure[key]) for key in kinds[kind])) for kind in others]
+                for places in itertools.product(*depths):
+                    place = dict(zip(others, places, strict=True))
+                    yield {
+                        key: unsure[key][min(place.get(kind, 0), len(unsure[key]) - 1)]
+                        for kind, keys in kinds.items()
+                        for key in keys
+                    }
 
     def rehearse(self, edits: Iterable[Edit]) -> CaptureError | None:
         """What goes wrong when an edited model runs, shapes alone; None where nothing does."""
@@ -206,14 +207,18 @@ class Sites:
         self.starts = torch.tensor([group.start for group in channels.groups])
 
     def moves(self, module: str, keep: Tensor) -> dict[int, set[int]]:
-        """{size: what it becomes} of all dimensions that a module's own operators see, or else its parents'."""
+        """{size: what it becomes} of all dimensions that a module's own operators see."""
         kept = torch.cat([keep, torch.ones(1, dtype=torch.bool)])
         found: dict[int, set[int]] = {}
         for node in self.nodes.get(module, []):
             for value in (node, *node.all_input_nodes):
+                held = value.meta.get("val")
                 labels = self.channels.values.get(value.name, {})
-                for dim, size in enumerate(shape_of(value)):
-                    found.setdefault(size, set()).add(int(kept[labels[dim]].sum()) if dim in labels else size)
+                for dim, size in enumerate(held.shape if isinstance(held, Tensor) else ()):
+                    # A free dimension has no number that code could hold.
+                    if isinstance(size, int):
+                        new = int(kept[labels[dim]].sum()) if dim in labels else size
+                        found.setdefault(size, set()).add(new)
         return found
 
     def groups_at(self, failure: CaptureError, keep: Tensor) -> list[Group]:
