@@ -121,6 +121,35 @@ def test_constants_that_meet_data_or_find_no_bias_are_left() -> None:
             assert not bool(found.folded[group.units].any())
 
 
+class Remembering(nn.Module):
+    """Keeps what it computed in eval mode, until it trains again, as LeViT's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.shift, self.head = nn.Linear(4, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+        self.known: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Remembering:
+        self.known = {} if mode else self.known
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.known.setdefault("shift", self.shift.detach() * 2)
+        return self.head(self.into(x) + shift)
+
+
+def test_folded_model_forgets_what_the_original_computed_ahead() -> None:
+    torch.manual_seed(0)
+    model, task = Remembering().eval(), Task(example_inputs=torch.randn(2, 4))
+    channels = channels_of(model, task)
+    keep = half(channels)
+    model(torch.randn(2, 4))
+    found = constants_of(model, channels, keep, task)
+    folded = fold(apply_edits(model, structure_of(channels, keep), {}), model, channels, keep, found)
+    assert folded(torch.randn(3, 4)).shape == (3, 2)
+    assert not folded.training
+
+
 class Shared(nn.Module):
     """One layer reads two sets of channels, with two different constants for one bias."""
 

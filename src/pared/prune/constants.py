@@ -21,7 +21,7 @@ from pared.errors import PruneError
 from pared.graph.capture import doubled, operator, owner
 from pared.graph.channels import Channels
 from pared.graph.units import Modules
-from pared.prune.exact import GROUP_NORMS, MAKERS, MEANS, NORMS, SCALES, SUMS, Masked
+from pared.prune.exact import GROUP_NORMS, MAKERS, MEANS, NORMS, SCALES, SUMS, Masked, forgetful
 from pared.surgery import duplicate
 from pared.task import Task
 
@@ -107,7 +107,7 @@ def fold(pruned: nn.Module, model: nn.Module, channels: Channels, keep: Tensor, 
         keep: bool (channels.units,), True = stays.
         constants: As `constants_of` gives them for the same choice.
     """
-    copied = duplicate(pruned)
+    copied = forgetful(duplicate(pruned))
     kept = torch.cat([keep, torch.ones(1, dtype=torch.bool)])
     for name, change in constants.changes.items():
         module, _, held = name.rpartition(".")

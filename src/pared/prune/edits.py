@@ -20,7 +20,7 @@ from pared.graph.capture import doubled, owner
 from pared.graph.channels import Channels, Group
 from pared.graph.units import Modules
 from pared.prune.attributes import Read, Rehearsal, reads_of, whose
-from pared.prune.exact import Difference, difference
+from pared.prune.exact import Difference, difference, forgetful
 from pared.step import Edit
 from pared.surgery import apply_edits, duplicate
 from pared.task import Task
@@ -72,7 +72,7 @@ class Search:
         self.rehearsal = Rehearsal(model, doubled(task.example_inputs))
         self.reads = reads_of(self.rehearsal)
         self.sites = Sites(model, channels)
-        self.alive = without_zeros(model)
+        self.alive = without_zeros(model, channels)
 
     def fit(self, keep: Tensor, *, prove: bool = True, blame: bool = True) -> Fitted:
         """Edits for one choice, or pins; with `blame` off, pins may be empty of names and only say that it failed."""
@@ -180,15 +180,17 @@ class Search:
         return list(itertools.chain.from_iterable(suspects))
 
 
-def without_zeros(model: nn.Module) -> nn.Module:
-    """A copy whose parameters have small random numbers in the place of zeros.
+def without_zeros(model: nn.Module, channels: Channels) -> nn.Module:
+    """A copy whose parameters have small random numbers in the place of zeros, where the graph reads them.
 
     Layers are often begun at zero, and would hide whatever comes before them from a comparison of outputs.
     """
-    copied = duplicate(model)
+    copied = forgetful(duplicate(model))
     generator = torch.Generator().manual_seed(0)
-    for value in copied.parameters():
-        if value.is_floating_point():
+    read = {node.name for node in channels.program.graph.nodes if node.users}
+    for name, target in channels.program.graph_signature.inputs_to_parameters.items():
+        value = copied.get_parameter(target)
+        if name in read and value.is_floating_point():
             noise = 0.02 * torch.randn(value.shape, generator=generator)
             value.data = torch.where(value.data == 0, noise.to(value), value.data)
     return copied

@@ -67,6 +67,7 @@ SCALES = frozenset(["batch_norm", "_native_batch_norm_legit_no_training", "insta
 NORMS = frozenset(["layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"])
 GROUP_NORMS = frozenset(["group_norm", "native_group_norm"])
 MEANS = frozenset(["mean", "var", "std", "var_mean", "std_mean"])
+VIEWS = frozenset(["view", "_unsafe_view"])
 # What export adds to check dtypes and sizes, which another dtype would fail.
 CHECKS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_guards_fn"])
 
@@ -160,11 +161,25 @@ def random_inputs(inputs: Inputs, seed: int) -> Inputs:
 
 def outputs_of(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """Every tensor that a copy of the model in another dtype gives."""
-    copied = duplicate(model).to(dtype)
+    copied = forgetful(duplicate(model)).to(dtype)
     given = changed(inputs, as_dtype(dtype))
     with evaluating(copied), torch.no_grad(), Uniform(dtype):
         result = copied(*given.args, **given.kwargs)
     return [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
+
+
+def forgetful(model: nn.Module) -> nn.Module:
+    """The same model without what its modules computed ahead for eval mode, as LeViT's attention keeps its biases.
+
+    Modules that do so compute it anew after they were in training mode; each one's own flag comes back.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    if not isinstance(model, fx.GraphModule):
+        model.train()
+        model.eval()
+    for module, training in flags:
+        module.training = training
+    return model
 
 
 def as_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -273,6 +288,10 @@ class Masked(fx.Interpreter):
             if name in MAKERS or name in SCALES:
                 args = tuple(self.silent(n, place, value) for place, value in enumerate(args))
             return self.call_function(n.target, args, kwargs)
+        if name in VIEWS and isinstance(n.args[1], (list, tuple)):
+            # Kernels of another dtype may lay their results out otherwise than those that the graph was made with.
+            args = fx.node.map_arg(n.args, self.env.__getitem__)
+            return torch.ops.aten.reshape.default(*args)
         if name in NORMS or name in GROUP_NORMS or name in MEANS:
             return self.over_kept(n, name)
         return super().run_node(n)
