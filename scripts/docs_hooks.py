@@ -55,10 +55,10 @@ def option_rows(kind: type[Any]) -> str:
 
 def steps() -> str:
     """Every step: what it does, and its settings."""
-    from pared.recipe import DURING, STEPS, step_class
+    from pared.recipe import AROUND, DURING, STEPS, step_class
 
     parts = []
-    for name in (*STEPS, *DURING):
+    for name in (*STEPS, *AROUND, *DURING):
         kind = step_class(name)
         parts.append(f"## {name}\n\n{summary(kind)}\n\n{option_rows(kind)}")
         parts += [f"### {part.__name__}\n\n{summary(part)}\n\n{option_rows(part)}" for part in values_in(kind)]

@@ -18,7 +18,7 @@ from torch import nn
 import pared
 from pared.cli import main
 from pared.errors import ParedError, ParityError, PlanError
-from pared.recipe import STEPS, Recipe, step_class
+from pared.recipe import AROUND, STEPS, Recipe, step_class
 from pared.recipe_schema import option_table
 from pared.report.data import Final, Latency, Report, Speedup, Stage, Timing
 from pared.step import Context, Edit, Plan, Skip
@@ -281,7 +281,7 @@ def test_report_prints_the_ledger_and_rebuilds_the_page(recipe: Path, capsys: py
 def test_list_steps_shows_every_setting(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "steps"]) == 0
     out = capsys.readouterr().out
-    for name in STEPS:
+    for name in (*STEPS, *AROUND):
         assert f"{name}: " in out
         for row in option_table(step_class(name)):
             assert any(line.split()[:1] == [row.name] for line in out.splitlines())

@@ -89,12 +89,12 @@ def test_page_markers_all_become_tables(page: Path, hooks: ModuleType) -> None:
 def test_hooks_list_every_setting_of_every_step(hooks: ModuleType) -> None:
     import dataclasses
 
-    from pared.recipe import STEPS, step_class
+    from pared.recipe import AROUND, STEPS, step_class
 
     text = hooks.steps()
     missing = [
         f"{name}.{field.name}"
-        for name in STEPS
+        for name in (*STEPS, *AROUND)
         for field in dataclasses.fields(step_class(name))
         if f"| `{field.name}` |" not in text.split(f"## {name}\n")[1].split("\n## ")[0]
     ]

@@ -10,9 +10,12 @@ from typing import Any
 import pydantic
 import pytest
 
-from pared.errors import RecipeError, UsageError
-from pared.recipe import STEPS, Budget, Factory, Recipe, TimingSettings, step_class
+from pared.errors import RecipeError, SettingError, UsageError
+from pared.quantize.static import QuantizeStatic
+from pared.recipe import AROUND, STEPS, Budget, Factory, Recipe, Repeat, TimingSettings, step_class, unrolled
 from pared.recipe_schema import json_schema, option_table
+from pared.step import settings
+from pared.train.step import Train
 
 PLAIN = {"model": "fashion_cnn", "task": "fashion_mnist", "steps": [{"Train": {"epochs": 4}}, "QuantizeStatic"]}
 SCHEMA = Path(__file__).parents[1] / "docs" / "recipe.schema.json"
@@ -202,8 +205,99 @@ def test_set_reaches_a_technique_when_the_recipe_has_its_name_alone(tmp_path: Pa
     assert found.during[0].alpha == 0.5
 
 
+@settings
+class Shrink:
+    """A step that can do a part of what it is to do."""
+
+    ratio: float = pydantic.Field(default=0.5, description="How much.")
+
+    def at(self, fraction: float) -> Shrink:
+        return dataclasses.replace(self, ratio=self.ratio * fraction)
+
+
+REPEATED = PLAIN | {"steps": [{"Repeat": {"times": 2, "steps": [{"Shrink": {"ratio": 0.5}}, "Train"]}}, "Train"]}
+
+
+@pytest.fixture
+def shrinkable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.recipe.STEPS", {**STEPS, "Shrink": f"{__name__}:Shrink"})
+
+
+@pytest.mark.usefixtures("shrinkable")
+def test_repeat_is_kept_as_written_when_a_recipe_is_read_and_written() -> None:
+    recipe = Recipe.from_json(REPEATED)
+    assert recipe.steps == (Repeat(2, [Shrink(ratio=0.5), Train()]), Train())
+    written = recipe.to_json()
+    assert [*written["steps"][0]] == ["Repeat"]
+    assert written["steps"][0]["Repeat"]["times"] == 2
+    assert written["steps"][0]["Repeat"]["steps"][0] == {"Shrink": {"ratio": 0.5}}
+    assert Recipe.from_json(json.loads(json.dumps(written))) == recipe
+
+
+@pytest.mark.usefixtures("shrinkable")
+def test_a_setting_inside_repeat_is_reached_by_its_path(tmp_path: Path) -> None:
+    changes = ["steps.0.Repeat.times=3", "steps.0.Repeat.steps.0.Shrink.ratio=0.25"]
+    changes += ["steps.0.Repeat.steps.1.Train.epochs=1"]
+    recipe = Recipe.read(write(tmp_path, json.dumps(REPEATED)), changes)
+    assert recipe.steps[0] == Repeat(3, [Shrink(ratio=0.25), Train(epochs=1)])
+
+
+def test_rounds_are_written_out_with_rising_fractions_when_a_step_has_them() -> None:
+    steps = [Train(epochs=4), Repeat(4, [Shrink(ratio=0.5), Train(epochs=1)]), QuantizeStatic()]
+    flat = unrolled(steps)
+    assert [type(step).__name__ for step in flat] == ["Train", *["Shrink", "Train"] * 4, "QuantizeStatic"]
+    assert [step.ratio for step in flat if isinstance(step, Shrink)] == [0.125, 0.25, 0.375, 0.5]
+    assert flat[2] == flat[8] == Train(epochs=1)
+    assert unrolled([Repeat(1, [Shrink(ratio=0.3)])]) == [Shrink(ratio=0.3)]
+    assert unrolled(flat) == flat
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("Repeat", "steps[0].Repeat.times is missing"),
+        ({"times": 2}, "steps[0].Repeat.steps is missing"),
+        ({"times": 0, "steps": ["Train"]}, "steps[0].Repeat.times: should be greater than or equal to 1, found 0"),
+        ({"times": "two", "steps": ["Train"]}, "steps[0].Repeat.times: should be a valid integer, found 'two'"),
+        ({"times": 2, "steps": []}, "steps[0].Repeat.steps: name at least one"),
+        ({"times": 2, "steps": "Train"}, "steps[0].Repeat.steps: should be a valid list, found 'Train'"),
+        ({"time": 2, "steps": ["Train"]}, "steps[0].Repeat.time: unknown key; did you mean 'times'?"),
+        ({"times": 2, "steps": ["Trian"]}, "steps[0].Repeat.steps[0]: no step 'Trian'; did you mean 'Train'?"),
+        (
+            {"times": 2, "steps": [{"Train": {"epoch": 1}}]},
+            "steps[0].Repeat.steps[0].Train.epoch: unknown key; did you mean 'epochs'?",
+        ),
+        ({"times": 2, "steps": ["Distill"]}, "steps[0].Repeat.steps[0]: Distill runs while training"),
+        (
+            {"times": 2, "steps": [{"Repeat": {"times": 2, "steps": ["Train"]}}]},
+            "steps[0].Repeat.steps[0]: Repeat holds steps, and stands among the recipe's own",
+        ),
+    ],
+)
+def test_repeat_is_refused_with_the_path_when_it_is_wrong(entry: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_json(PLAIN | {"steps": [{"Repeat": entry} if isinstance(entry, dict) else entry]})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("times", "steps", "message"),
+    [
+        (0, [Train()], "Repeat.times: give how many rounds, 1 or more, found 0"),
+        (True, [Train()], "Repeat.times: give how many"),
+        (1.5, [Train()], "found 1.5"),
+        (2, [], "Repeat.steps: give a list of at least one step"),
+        (2, Train(), "Repeat.steps: give a list"),
+        (2, [Repeat(2, [Train()])], "a Repeat in a Repeat; write its steps out"),
+    ],
+)
+def test_repeat_is_refused_in_python_when_it_is_wrong(times: Any, steps: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message.replace("(", r"\(")):
+        Repeat(times, steps)
+
+
 def test_steps_name_their_own_classes() -> None:
-    assert {name: step_class(name).__name__ for name in STEPS} == {name: name for name in STEPS}
+    assert all(step_class(name).__name__ == name for name in (*STEPS, *AROUND))
     with pytest.raises(UsageError, match="did you mean 'Train'"):
         step_class("Trains")
 
@@ -216,8 +310,11 @@ def test_schema_in_the_docs_is_current() -> None:
 def test_schema_offers_every_setting_with_a_description() -> None:
     schema = json_schema()
     offered = {name for item in schema["properties"]["steps"]["items"]["anyOf"] for name in item.get("properties", {})}
-    assert offered == set(STEPS)
-    for kind in (Recipe, Budget, TimingSettings, Factory, *map(step_class, STEPS)):
+    assert offered == {*STEPS, *AROUND}
+    inside = schema["$defs"]["Repeat"]["properties"]["steps"]["items"]["anyOf"]
+    assert {name for item in inside for name in item.get("properties", {})} == set(STEPS) == set(inside[0]["enum"])
+    assert schema["$defs"]["Repeat"]["additionalProperties"] is False
+    for kind in (Recipe, Budget, TimingSettings, Factory, *map(step_class, (*STEPS, *AROUND))):
         properties = schema["properties"] if kind is Recipe else schema["$defs"][kind.__name__]["properties"]
         assert list(properties) == [field.name for field in dataclasses.fields(kind)]
         assert [name for name, node in properties.items() if not node.get("description")] == []

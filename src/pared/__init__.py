@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pared.quantize.half import CastHalf
     from pared.quantize.static import QuantizeStatic
     from pared.quantize.weights import QuantizeWeights
-    from pared.recipe import Budget, Recipe, TimingSettings
+    from pared.recipe import Budget, Recipe, Repeat, TimingSettings
     from pared.report.data import Report
     from pared.task import Task
     from pared.train.step import Train
@@ -36,6 +36,7 @@ HOMES = {
     "QuantizeStatic": "pared.quantize.static",
     "QuantizeWeights": "pared.quantize.weights",
     "Recipe": "pared.recipe",
+    "Repeat": "pared.recipe",
     "Report": "pared.report.data",
     "Task": "pared.task",
     "TimingSettings": "pared.recipe",
@@ -58,6 +59,7 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "Recipe",
+    "Repeat",
     "Report",
     "Task",
     "TimingSettings",

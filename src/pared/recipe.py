@@ -33,6 +33,8 @@ DURING: Mapping[str, str] = {
     "QuantizeAware": "pared.quantize.aware:QuantizeAware",
     "Distill": "pared.distill.step:Distill",
 }
+# What stands among the steps of a recipe and holds some of them.
+AROUND: Mapping[str, str] = {"Repeat": "pared.recipe:Repeat"}
 Place = tuple[str | int, ...]
 
 
@@ -91,6 +93,49 @@ Named = Annotated[
 ]
 
 
+Entry = Annotated[Any, pydantic.PlainSerializer(lambda step: {type(step).__name__: settings_of(step)})]
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Do steps in several rounds, each of them more than the one before: `Repeat(3, [PruneChannels(), Train()])`.
+
+    In round k of n, a step that has `at(fraction)` stands as `step.at(k / n)`, and any other as it is.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    times: Annotated[int, pydantic.Field(description="How many rounds there are", ge=1)]
+    steps: Annotated[tuple[Entry, ...], pydantic.Field(description="The steps of one round, in order", min_length=1)]
+
+    def __post_init__(self) -> None:
+        if type(self.times) is not int or self.times < 1:
+            raise SettingError(f"Repeat.times: give how many rounds, 1 or more, found {self.times!r}")
+        if not isinstance(self.steps, (list, tuple)) or not self.steps:
+            raise SettingError(f"Repeat.steps: give a list of at least one step, found {self.steps!r}")
+        if any(isinstance(step, Repeat) for step in self.steps):
+            raise SettingError("Repeat.steps: a Repeat in a Repeat; write its steps out, or one Repeat after the other")
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+
+def unrolled(steps: Sequence[Any]) -> list[Any]:
+    """The steps as they are done one by one, those of each `Repeat` written out.
+
+    Example:
+        >>> from pared.train.step import Train
+        >>> [step.epochs for step in unrolled([Repeat(2, [Train(epochs=1), Train(epochs=3)]), Train(epochs=2)])]
+        [1, 3, 1, 3, 2]
+    """
+    flat: list[Any] = []
+    for entry in steps:
+        if not isinstance(entry, Repeat):
+            flat.append(entry)
+            continue
+        for done in range(1, entry.times + 1):
+            flat += [step.at(done / entry.times) if hasattr(step, "at") else step for step in entry.steps]
+    return flat
+
+
 @settings
 class Recipe:
     """What `pared run` does: compress a model, for a task, by steps, towards a target, within a budget."""
@@ -138,11 +183,10 @@ class Recipe:
         if not isinstance(data, Mapping):
             raise RecipeError(f"{where}: a recipe is a mapping with model, task and steps, found {type(data).__name__}")
         entries = data.get("steps")
-        steps = [read_step(entry, ("steps", i)) for i, entry in enumerate(entries)] if isinstance(entries, list) else []
-        # The steps are read above, each by its own class; here only their number counts.
-        plain = {**data, "steps": [None] * len(steps)} if isinstance(entries, list) else data
-        recipe: Recipe = validate(cls, plain, ())
-        return dataclasses.replace(recipe, steps=tuple(steps))
+        if not isinstance(entries, list):
+            return validate(cls, data, ())  # type: ignore[no-any-return]
+        steps = [read_step(entry, ("steps", i), {**STEPS, **AROUND}) for i, entry in enumerate(entries)]
+        return with_parts(cls, data, (), "steps", steps)  # type: ignore[no-any-return]
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain data, every setting written out."""
@@ -151,8 +195,8 @@ class Recipe:
 
 
 def step_class(name: str) -> type[Any]:
-    """The class of a step, or of a technique that runs while training. Raises: UsageError for an unknown name."""
-    known = {**STEPS, **DURING}
+    """The class of a step, of what holds steps, or of a technique that runs while training. Raises: UsageError."""
+    known = {**STEPS, **AROUND, **DURING}
     if name not in known:
         raise UsageError(f"no step {name!r}; {nearest(name, known)}")
     module, _, attribute = known[name].partition(":")
@@ -171,16 +215,26 @@ def read_step(entry: Any, place: Place, known: Mapping[str, str] = STEPS) -> Any
     if name not in known:
         if name in DURING:
             raise RecipeError(f"{at(place)}: {name} runs while training; write Train: {{during: [{name}]}}")
+        if name in AROUND:
+            raise RecipeError(f"{at(place)}: {name} holds steps, and stands among the recipe's own; move it there")
         if name in STEPS:
             raise RecipeError(f"{at(place)}: {name} is a step of its own; move it out of `during`, behind Train")
         raise RecipeError(f"{at(place)}: no step {name!r}; {nearest(name, known)}")
-    place = (*place, name)
-    inner = given.get("during") if isinstance(given, Mapping) and name == "Train" else None
-    if not isinstance(inner, list):
-        return validate(step_class(name), {} if given is None else given, place)
-    # Each by its own class, as the steps of a recipe are.
-    during = tuple(read_step(part, (*place, "during", i), DURING) for i, part in enumerate(inner))
-    return dataclasses.replace(validate(step_class(name), {**given, "during": []}, place), during=during)
+    place, kind = (*place, name), step_class(name)
+    holders: Mapping[str, tuple[str, Mapping[str, str]]] = {"Train": ("during", DURING), "Repeat": ("steps", STEPS)}
+    key, inside = holders.get(name, ("", {}))
+    entries = given.get(key) if isinstance(given, Mapping) else None
+    if not isinstance(entries, list):
+        return validate(kind, {} if given is None else given, place)
+    parts = [read_step(part, (*place, key, i), inside) for i, part in enumerate(entries)]
+    return with_parts(kind, given, place, key, parts)
+
+
+def with_parts(kind: type[Any], data: Mapping[str, Any], place: Place, key: str, parts: Sequence[Any]) -> Any:
+    """An instance from plain data, one list of it read already, each entry by its own class. Raises: RecipeError."""
+    # Of steps only the number counts here; of techniques not even that.
+    stand_ins = [None] * len(parts) if key == "steps" else []
+    return dataclasses.replace(validate(kind, {**data, key: stand_ins}, place), **{key: tuple(parts)})
 
 
 def validate(kind: type[Any], data: Any, place: Place) -> Any:

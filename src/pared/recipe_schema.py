@@ -9,7 +9,7 @@ from typing import Any
 
 import pydantic
 
-from pared.recipe import DURING, STEPS, Recipe, step_class
+from pared.recipe import AROUND, DURING, STEPS, Recipe, step_class
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 NAMES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "null": "null", "object": "mapping"}
@@ -28,7 +28,7 @@ class Option:
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of recipes, steps and their settings included."""
     adapters = [("Recipe", pydantic.TypeAdapter(Recipe))]
-    adapters += [(name, pydantic.TypeAdapter(step_class(name))) for name in (*STEPS, *DURING)]
+    adapters += [(name, pydantic.TypeAdapter(step_class(name))) for name in (*STEPS, *AROUND, *DURING)]
     places, shared = pydantic.TypeAdapter.json_schemas([(name, "validation", made) for name, made in adapters])
     definitions = shared["$defs"]
 
@@ -46,7 +46,8 @@ def json_schema() -> dict[str, Any]:
         ]
         return {"anyOf": [{"type": "string", "enum": list(names)}, *by_name]}
 
-    definitions["Recipe"]["properties"]["steps"]["items"] = entries(STEPS)
+    definitions["Recipe"]["properties"]["steps"]["items"] = entries({**STEPS, **AROUND})
+    definitions["Repeat"]["properties"]["steps"]["items"] = entries(STEPS)
     definitions["Train"]["properties"]["during"]["items"] = entries(DURING)
     recipe = definitions.pop("Recipe")
     return {

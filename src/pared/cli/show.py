@@ -121,11 +121,11 @@ def print_named(rows: Mapping[str, Any]) -> None:
 
 
 def list_steps() -> None:
-    """Every step, and what runs while training, with its settings and those of the values that stand in them."""
-    from pared.recipe import DURING, STEPS, step_class
+    """Every step, what holds steps and what runs while training, with all settings, also of the values in them."""
+    from pared.recipe import AROUND, DURING, STEPS, step_class
     from pared.recipe_schema import option_table, value_tables
 
-    for name in (*STEPS, *DURING):
+    for name in (*STEPS, *AROUND, *DURING):
         kind = step_class(name)
         say(f"{name}{', in Train(during=[...])' if name in DURING else ''}: {first_line(kind)}")
         for title, options in {"": option_table(kind), **value_tables(kind)}.items():

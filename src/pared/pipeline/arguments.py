@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pared.errors import ModelError, UsageError
-from pared.recipe import Budget, TimingSettings
+from pared.recipe import Budget, Repeat, TimingSettings, unrolled
 from pared.step import Step, settings_of
 from pared.task import Task
 
 
-def check_arguments(model: nn.Module, steps: Sequence[Step], task: Task, budget: Budget) -> None:
+def check_arguments(model: nn.Module, steps: Sequence[Step | Repeat], task: Task, budget: Budget) -> None:
     """Raise `UsageError` for no model, no steps, missing data, a budget that nothing judges, weights not finite."""
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -27,7 +27,7 @@ def check_arguments(model: nn.Module, steps: Sequence[Step], task: Task, budget:
         )
     if not isinstance(steps, (list, tuple)) or not steps:
         raise UsageError("no list of steps; give at least one step, e.g. [pared.QuantizeStatic()]")
-    for number, step in enumerate(steps, 1):
+    for number, step in enumerate(unrolled(steps), 1):
         if hasattr(step, "callback") and not isinstance(step, type):
             kind = type(step).__name__
             raise UsageError(f"step {number}: {kind} runs while training; give pared.Train(during=[{kind}(...)])")
@@ -44,7 +44,9 @@ def check_arguments(model: nn.Module, steps: Sequence[Step], task: Task, budget:
             raise ModelError(f"{name} holds NaN or infinity; give a model with finite weights")
 
 
-def described(steps: Sequence[Step], target: str, budget: Budget, timing: TimingSettings, seed: int) -> dict[str, Any]:
+def described(
+    steps: Sequence[Step | Repeat], target: str, budget: Budget, timing: TimingSettings, seed: int
+) -> dict[str, Any]:
     """The part of a recipe that can be told from live objects."""
     return {
         "target": target,

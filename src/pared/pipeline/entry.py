@@ -15,7 +15,7 @@ from pared.artifact import Artifact
 from pared.pipeline.arguments import check_arguments, described, told
 from pared.pipeline.run import Run
 from pared.pipeline.workspace import Workspace
-from pared.recipe import Budget, TimingSettings
+from pared.recipe import Budget, Repeat, TimingSettings, unrolled
 from pared.seeding import isolated
 from pared.step import Context, Plan, Progress, Step, silent
 from pared.surgery import apply_edits
@@ -25,7 +25,7 @@ from pared.task import Task
 
 def compress(
     model: nn.Module,
-    steps: Sequence[Step],
+    steps: Sequence[Step | Repeat],
     task: Task,
     *,
     target: str = "onnxruntime",
@@ -42,7 +42,8 @@ def compress(
 
     Args:
         model: A trained model. It is not changed.
-        steps: In order. Each opens a block; trainings that follow a change belong to its block.
+        steps: In order. Each opens a block; trainings that follow a change belong to its block. The steps of a
+            `Repeat` count as if they were written out.
         task: What the model is for.
         target: The runtime that it ships on: a name that `pared list targets` shows.
         out: Folder of the artifact; a temporary one by default, which `Artifact.save` moves.
@@ -63,13 +64,13 @@ def compress(
         ParedError: Anything else that went wrong, with the step's number and name as a note.
     """
     check_arguments(model, steps, task, budget)
-    runtime = find_target(target)
+    runtime, flat = find_target(target), unrolled(steps)
     with folder_for(out) as folder, Workspace(folder, resume=resume, overwrite=overwrite) as space, isolated(task):
         run = Run(task, runtime, space, budget, timing, seed, progress, model)
-        if resume and (done := run.finished(steps)) is not None:
+        if resume and (done := run.finished(flat)) is not None:
             return done
         space.check_replace()
-        return run.all(steps, recipe or described(steps, target, budget, timing, seed))
+        return run.all(flat, recipe or described(steps, target, budget, timing, seed))
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def folder_for(out: str | Path | None) -> Iterator[Path]:
 
 def dry_run(
     model: nn.Module,
-    steps: Sequence[Step],
+    steps: Sequence[Step | Repeat],
     task: Task,
     *,
     target: str = "onnxruntime",
@@ -104,7 +105,7 @@ def dry_run(
     plans: list[Plan] = []
     current = model
     with tempfile.TemporaryDirectory(prefix="pared-") as folder, isolated(task):
-        for number, step in enumerate(steps, 1):
+        for number, step in enumerate(unrolled(steps), 1):
             ctx = Context(
                 task=task,
                 target=runtime,
