@@ -83,6 +83,10 @@ CASES = [
         },
     ),
     Case(
+        pared.Train(epochs=1, lr=0.05, during=[pared.Slim(strength=0.1)]),
+        {"strength": 0.2, "include": ["0.*"], "exclude": ["0.*"]},
+    ),
+    Case(
         pared.QuantizeStatic(),
         {
             "ranges": "percentile",

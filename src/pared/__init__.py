@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pared.distill.step import Distill
     from pared.errors import ParedError
     from pared.pipeline import compress, dry_run
+    from pared.prune.slimming import Slim
     from pared.prune.step import PruneChannels
     from pared.quantize.aware import QuantizeAware
     from pared.quantize.dynamic import QuantizeDynamic
@@ -38,6 +39,7 @@ HOMES = {
     "Recipe": "pared.recipe",
     "Repeat": "pared.recipe",
     "Report": "pared.report.data",
+    "Slim": "pared.prune.slimming",
     "Task": "pared.task",
     "TimingSettings": "pared.recipe",
     "Train": "pared.train.step",
@@ -61,6 +63,7 @@ __all__ = [
     "Recipe",
     "Repeat",
     "Report",
+    "Slim",
     "Task",
     "TimingSettings",
     "Train",

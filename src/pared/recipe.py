@@ -32,6 +32,7 @@ STEPS: Mapping[str, str] = {
 DURING: Mapping[str, str] = {
     "QuantizeAware": "pared.quantize.aware:QuantizeAware",
     "Distill": "pared.distill.step:Distill",
+    "Slim": "pared.prune.slimming:Slim",
 }
 # What stands among the steps of a recipe and holds some of them.
 AROUND: Mapping[str, str] = {"Repeat": "pared.recipe:Repeat"}

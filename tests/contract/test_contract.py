@@ -29,6 +29,11 @@ from zoo_models import ZOO
 REFUSED = {
     ("Train", "frozen_parameters"): "no parameter requires a gradient",
     ("Distill", "frozen_parameters"): "no parameter requires a gradient",
+    ("Slim", "frozen_parameters"): "no parameter requires a gradient",
+    **{
+        ("Slim", pattern): r"no batch norm to slim \(the model has none\)"
+        for pattern in ("mlp", "attention_fused_qkv", "multihead_attention", "lstm", "tied_weights")
+    },
 }
 # Settings that measure, and change nothing by themselves.
 MEASURES = {("QuantizeStatic", "sensitivity")}
@@ -48,6 +53,7 @@ COVERING = {
     "QuantizeDynamic": ["attention_fused_qkv", "tied_weights", "lstm"],
     "QuantizeAware": ["residual_add", "tied_weights", "dict_output"],
     "Distill": ["residual_add", "tied_weights", "dict_output"],
+    "Slim": ["residual_add", "grouped"],
 }
 SHIPPED = {
     "Train": ["tied_weights"],
@@ -57,6 +63,7 @@ SHIPPED = {
     "QuantizeDynamic": ["tied_weights"],
     "QuantizeAware": ["module_with_two_names"],
     "Distill": ["tied_weights"],
+    "Slim": ["depthwise"],
 }
 
 
