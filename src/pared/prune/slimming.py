@@ -1,6 +1,6 @@
 """`Slim`: training that drives scales of batch norms towards zero, so that few channels matter when they are pruned.
 
-What the training leaves is for `PruneChannels` with the criterion `gamma` to read; nothing is removed here.
+What the training leaves is for `PruneChannels` with `saliency="gamma"` to read; nothing is removed here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Slim:
             told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(reasons.items())[:3])
             raise PlanError(
                 f"Slim: no batch norm to slim ({told or 'the model has none'}); take Slim out of `during`, and prune "
-                "by another criterion than gamma"
+                "by another saliency than gamma"
             )
         scales = sum(norms[name].num_features for name in slimmed)
         return Plan(
