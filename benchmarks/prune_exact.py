@@ -97,6 +97,7 @@ def measure(model: nn.Module, task: pared.Task, saliency: str, ratio: float) -> 
 def subjects() -> dict[str, tuple[Any, bool]]:
     """Makers of (model, task), and whether norms run over channels that go."""
     from classifiers import input_size
+
     from torchvision_models import torchvision_model
     from zoo_models import ZOO
 

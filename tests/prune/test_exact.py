@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from prune_cases import channels_of, half
 from torch import Tensor, nn
 
 from pared.prune.edits import structure_of
 from pared.prune.exact import Masked, difference, relative
 from pared.surgery import apply_edits
 from pared.task import Inputs, Task
+from prune_cases import channels_of, half
 from zoo_models import make
 
 PATTERNS = ["mlp", "residual_add", "concat", "depthwise", "grouped", "squeeze_excite", "transposed_conv", "lstm"]

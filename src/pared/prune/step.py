@@ -60,7 +60,7 @@ class PruneChannels:
             named_ratios, json_schema_input_type=Literal["equal", "global", "sensitivity"] | Ratios
         ),
     ] = Equal()
-    widths: Annotated[Widths, pydantic.Field(description="Which numbers of channels are allowed.")] = Widths()
+    widths: Annotated[Widths, pydantic.Field(description="Multiples, least and most, heads.")] = Widths()
     include: Annotated[tuple[str, ...], pydantic.Field(description="Glob patterns of the layers to prune.")] = ("*",)
     exclude: Annotated[
         tuple[str, ...], pydantic.Field(description="Glob patterns of the layers that keep their channels.")
@@ -152,7 +152,7 @@ class PruneChannels:
                 "params": params / dense.params,
                 "macs": macs / dense.macs,
                 "difference": apart.relative,
-                "folded": int(constants.folded.sum()),
+                "taken_in": int(constants.folded.sum()),
                 "constants": dict(constants.left),
                 "approximate": {
                     g.name: channels.approximate[g.name] for g in changed if g.name in channels.approximate
