@@ -1,0 +1,128 @@
+"""How long half of the channels of a ResNet take to choose and cut: pared beside Torch-Pruning, in turn.
+
+    python benchmarks/prune_planning.py [--rounds 7] [--tool pared]
+
+pared's time is that of `plan`: capture, groups, scores by L1, the choice, and the edits, found and tried. Torch-Pruning
+plans as it prunes: the time of its pruner's construction and one step, on a copy made before the clock starts. Both
+run in this process on one thread, A B B A, after a round that is not counted. The interval is that of the mean of the
+logarithms of the rounds' ratios, by Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import logging
+import math
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Results
+from prune_classifiers import FOLDERS, ISSUE, OWN, RATIO, RIVAL, prune_rival
+from torch import Tensor, nn
+
+import pared
+from pared.measure.environment import version_of
+from pared.step import Context
+from pared.targets import find_target
+
+sys.path[:0] = FOLDERS
+DEPTHS = {"resnet18": 18, "resnet50": 50, "resnet152": 152}
+SIZE = 224
+# Two-sided 95 % of Student's t, by degrees of freedom.
+STUDENT = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def plan_pared(model: nn.Module, x: Tensor) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        task = pared.Task(example_inputs=(x,))
+        ctx = Context(task=task, target=find_target("onnxruntime"), work=Path(work), dense=model)
+        pared.PruneChannels(ratio=RATIO, saliency="l1").plan(model, ctx)
+
+
+def plan_rival(model: nn.Module, x: Tensor) -> None:
+    prune_rival(model, x, Path())
+
+
+TOOLS = {OWN: plan_pared, RIVAL: plan_rival}
+
+
+def timed(tool: str, model: nn.Module, x: Tensor) -> float:
+    """Seconds of one plan, of a model of its own."""
+    own = copy.deepcopy(model)
+    gc.collect()
+    start = time.perf_counter()
+    TOOLS[tool](own, x)
+    return time.perf_counter() - start
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    """Times over times, paired by round, with a 95 % interval."""
+    logs = [math.log(a / b) for a, b in zip(above, below, strict=True)]
+    middle = statistics.fmean(logs)
+    half = STUDENT[len(logs) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {"value": math.exp(middle), "low": math.exp(middle - half), "high": math.exp(middle + half)}
+
+
+def measure(name: str, tools: list[str], rounds: int) -> dict[str, Any]:
+    """All rounds of one network."""
+    from torchvision_models import torchvision_model
+
+    torch.manual_seed(0)
+    model, x = torchvision_model(name), torch.randn(1, 3, SIZE, SIZE)
+    seconds: dict[str, list[float]] = {tool: [] for tool in tools}
+    for number in range(rounds + 1):
+        for tool in tools if number % 2 == 0 else tools[::-1]:
+            taken = timed(tool, model, x)
+            if number:
+                seconds[tool].append(taken)
+    row: dict[str, Any] = {"model": name, "depth": DEPTHS[name], "rounds": rounds}
+    row |= {"seconds": {tool: statistics.median(taken) for tool, taken in seconds.items()}, "all": seconds}
+    if len(tools) == 2:
+        row["ratio"] = ratio(seconds[OWN], seconds[RIVAL])
+    return row
+
+
+def claim(results: Results) -> None:
+    """The line of issue 5. Ratios count by the end of their interval that favours the bound."""
+    results.claims = []
+    rows = {row["model"]: row for row in results.rows}
+    found = rows["resnet50"]["ratio"]
+    what = f"planning of ResNet-50, time over Torch-Pruning's ({found['value']:.2f} to {found['high']:.2f}), low end"
+    results.claim(ISSUE, what, found["low"], "<=", 1.0)
+    shallow, deep = (rows[name] for name in ("resnet50", "resnet152"))
+    grown = ratio(deep["all"][OWN], shallow["all"][OWN])
+    longer = deep["depth"] / shallow["depth"]
+    what = f"ResNet-152's time over ResNet-50's ({grown['value']:.2f}), over the ratio of their depths, low end"
+    results.claim(ISSUE, what, grown["low"] / longer, "<=", 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, choices=range(3, 11))
+    parser.add_argument("--tool", choices=TOOLS, help="this one alone; no claims, no JSON")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    tools = [options.tool] if options.tool else [OWN, RIVAL]
+    if options.tool:
+        for name in DEPTHS:
+            sys.stdout.write(f"{measure(name, tools, options.rounds)}\n")
+        return
+    results = Results("prune_planning", fresh=True)
+    results.environment["rivals"] = {"torch-pruning": version_of("torch-pruning")}
+    for name in DEPTHS:
+        results.add(measure(name, tools, options.rounds))
+    claim(results)
+
+
+if __name__ == "__main__":
+    main()
