@@ -54,13 +54,31 @@ from pared.train.schedules import Cosine
 NAME, ISSUE = "prune_cifar", 5
 WIDTHS = (16, 32, 64)
 DENSE_EPOCHS, DENSE_LR = 100, 0.1
-# Widths in multiples of 8: ONNX Runtime pads others, and a network with 0.7 of every width ran slower than the whole.
-BUDGET: dict[str, Any] = {"macs": 0.45, "widths": {"round_to": 8}}
-CHOICES: dict[str, dict[str, Any]] = {
-    f"{saliency}, {ratios}": {"saliency": saliency, "ratios": ratios}
-    for saliency in ("l1", "taylor")
-    for ratios in ("equal", "global")
+# Which layers lose how much. ONNX Runtime pads channels to 8 or 16: a network with 0.7 of every width ran slower than
+# the whole one, so widths are multiples of these. 0 makes the channels of the first stage, 6.body.3 those of the
+# second, 9.body.3 those of the last; the others are inside one block.
+SHAPES: dict[str, dict[str, Any]] = {
+    "by 16": {"macs": 0.5, "widths": {"round_to": 16}},
+    "inside": {
+        "macs": 0.48,
+        "widths": {"round_to": 8, "limits": {"0": (1, 1), "6.body.3": (1, 1), "9.body.3": (0.75, 1)}},
+    },
+    "second stage": {
+        "macs": 0.5,
+        "widths": {"round_to": 8, "limits": {"0": (1, 1), "[678].body.[03]": (0.5, 0.5), "9.body.3": (1, 1)}},
+    },
+    "second stage, less of the last": {
+        "macs": 0.5,
+        "widths": {"round_to": 8, "limits": {"0": (1, 1), "[678].body.[03]": (0.5, 0.5), "9.body.3": (0.75, 0.75)}},
+    },
 }
+BUDGET: dict[str, Any] = {"macs": 0.45, "widths": {"round_to": 8}}  # the criteria's, the same ratio everywhere
+CHOICES: dict[str, dict[str, Any]] = {
+    f"{shape}, {saliency}": {**settings, "saliency": saliency}
+    for shape, settings in SHAPES.items()
+    for saliency in ("l1", "taylor")
+}
+SMALL = 0.5  # of the multiply-accumulates
 CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
 RATES = (0.05, 0.1)
 ROUNDS = {"one-shot": (15,), "iterative": (3, 3, 9)}  # epochs of fine-tuning after each prune
@@ -96,7 +114,7 @@ def counted(model: nn.Module) -> Totals:
 
 def small_widths() -> tuple[int, ...]:
     """The widest network of this shape within the budget, all widths scaled by the same factor."""
-    most = BUDGET["macs"] * counted(resnet20()).macs
+    most = SMALL * counted(resnet20()).macs
     scaled = ([round(width * part / 256) for width in WIDTHS] for part in range(256, 0, -1))
     return next(tuple(widths) for widths in scaled if counted(resnet20(widths)).macs <= most)
 
@@ -230,7 +248,7 @@ def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     rounds = ROUNDS[job["kind"].split(",")[0]]
     for number, epochs in enumerate(rounds, 1):
         fraction = number / len(rounds)
-        model, plan = pruned(model, dense, {**BUDGET, **job["choice"]}, fraction, plans, job["seed"])
+        model, plan = pruned(model, dense, job["choice"], fraction, plans, job["seed"])
         plans.append(plan)
         if job["phase"] == "criteria":
             facts = {"before": data().accuracy(model, "test")}
@@ -301,9 +319,10 @@ def tune(results: Results, options: argparse.Namespace) -> None:
     work_through(jobs, results, options)
 
 
-def best(results: Results, kind: str) -> tuple[str, float]:
-    """What to prune by, and the learning rate, of the row that is best on validation."""
+def best(results: Results, kind: str, choice: str = "") -> tuple[str, float]:
+    """What to prune by, and the learning rate, of the row that is best on validation, among those of a choice."""
     rows = [row for row in results.rows if (row["phase"], row["kind"]) == ("tune", kind)]
+    rows = [row for row in rows if row["setting"].startswith(choice)]
     if not rows:
         raise SystemExit("no rows of the phase tune; run --phase tune first")
     row = max(rows, key=lambda row: row["validation"])
@@ -311,7 +330,7 @@ def best(results: Results, kind: str) -> tuple[str, float]:
 
 
 def final(results: Results, options: argparse.Namespace) -> None:
-    (name, lr), (_, rate) = best(results, "one-shot"), best(results, "dense, trained on")
+    (name, lr), (_, rate) = best(results, "one-shot", options.choice), best(results, "dense, trained on")
     jobs = []
     for seed in range(options.seeds):
         for ending in ("", f", {TAUGHT}"):
@@ -328,7 +347,7 @@ def final(results: Results, options: argparse.Namespace) -> None:
 def criteria(results: Results, options: argparse.Namespace) -> None:
     lr = best(results, "one-shot")[1]
     jobs = [
-        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={"saliency": name})
+        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={**BUDGET, "saliency": name})
         for seed in range(options.seeds)
         for name in CRITERIA
     ]
@@ -441,6 +460,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32", "bf16"), default="32")
     parser.add_argument("--dense-epochs", type=int, default=DENSE_EPOCHS)
     parser.add_argument("--dense-lr", type=float, default=DENSE_LR)
+    parser.add_argument("--choice", default="", choices=("", *CHOICES), help="to prune by, not the best on validation")
     parser.add_argument("--samples", type=int, default=0, help="only so many of each part")
     parser.add_argument("--epochs", type=int, default=0, help="instead of the usual ones, in every training")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
