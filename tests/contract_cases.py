@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import pared
+from pared.prune import Global, Widths
 from pared.quantize.search import Sensitivity
 from pared.task import Inputs, Task
 from pared.train.schedules import Constant
 from zoo_models import OUTPUT, make
 
 CLASSES = 5
+WIDTHS = Widths(round_to=1)  # the zoo's layers are narrower than what runtimes like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,21 @@ CASES = [
     Case(
         pared.Train(epochs=1, lr=0.05, during=[pared.Slim(strength=0.1)]),
         {"strength": 0.2, "include": ["0.*"], "exclude": ["0.*"]},
+    ),
+    Case(
+        pared.PruneChannels(ratio=0.5, widths=WIDTHS),
+        {
+            "ratio": 0.25,
+            "params": (pared.PruneChannels(params=0.5, widths=WIDTHS), 0.25),
+            "macs": (pared.PruneChannels(macs=0.5, widths=WIDTHS), 0.25),
+            "latency": (pared.PruneChannels(latency=0.5, widths=WIDTHS), 0.25),
+            "saliency": "random",
+            "ratios": Global(),
+            "widths": Widths(round_to=4, limits={"0.*": (0.75, 1.0)}),
+            "include": ["0.*"],
+            "exclude": ["0.*"],
+        },
+        candidates=weighted,
     ),
     Case(
         pared.QuantizeStatic(),

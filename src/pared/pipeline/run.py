@@ -169,6 +169,8 @@ class Run:
             seed=self.seed,
             history=history,
             progress=self.progress,
+            batch_size=self.timing.batch_size,
+            threads=self.threads,
             floating=before.floating,
         )
         file = folder / self.target.filename

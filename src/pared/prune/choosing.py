@@ -20,13 +20,15 @@ from pared.prune.evidence import Evidence
 from pared.prune.latency import fit_latency
 from pared.prune.ratios import Equal, Global, Sensitivity
 from pared.prune.saliency import score
-from pared.prune.timing import Clock
+from pared.prune.timing import Clock, Journal, digest
 from pared.step import Context, Plan, Skip
 from pared.surgery import apply_edits
+from pared.train.checkpoint import fingerprint
 
 if TYPE_CHECKING:
     from pared.prune.step import PruneChannels
 
+ROUND_TO = 8  # where multiples are to be measured and cannot be
 MULTIPLES = (1, 8, 16, 32)  # among which the fastest is looked for
 TRIES, TOLERANCE = 10, 0.05  # measurements of a latency, and how near to the wanted one it has to be
 
@@ -105,7 +107,24 @@ class Chooser:
         ratios = self.step.ratios
         if not isinstance(ratios, Sensitivity):
             return {}
-        return curves(self.channels, self.scored[0], self.ctx, samples=ratios.samples)
+        return curves(self.channels, self.scored[0], self.ctx, samples=ratios.samples, key=self.key)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Fingerprint of what is measured on: the model, the data, what is fixed of the channels, the runtime."""
+        ctx = self.ctx
+        groups = [(group.name, group.size) for group in self.channels.groups]
+        parts = {"groups": groups, "dense": dataclasses.asdict(self.dense), "target": ctx.target.name}
+        return fingerprint(self.model, ctx.task, parts, ctx.seed)
+
+    def name_of(self, keep: Tensor) -> str:
+        """What a measurement of a choice is written down under."""
+        return digest(keep.nonzero().flatten().tolist(), self.ctx.batch_size, self.ctx.threads)
+
+    @property
+    def journal(self) -> Journal:
+        """Latencies that this step has measured on this model."""
+        return Journal(self.ctx.work / f"latency-{digest(self.key)}.json")
 
     def rules(self, round_to: int) -> Rules:
         """How sizes are settled."""
@@ -129,7 +148,10 @@ class Chooser:
             return self.by_count(self.step.widths.round_to), {}
         choices = [self.by_count(multiple) for multiple in MULTIPLES]
         distinct = list({tuple(choice.sizes.items()): choice for choice in choices}.values())
-        shares = Clock(self.ctx).shares([self.pruned(choice.keep) for choice in distinct])
+        shares = self.journal.recall(
+            [self.name_of(choice.keep) for choice in distinct],
+            lambda: Clock(self.ctx).shares([self.pruned(choice.keep) for choice in distinct]),
+        )
         fastest = min(range(len(distinct)), key=shares.__getitem__)
         measured = [{"widths": dict(choice.sizes), "latency": s} for choice, s in zip(distinct, shares, strict=True)]
         return distinct[fastest], {"measured": measured}
@@ -158,16 +180,17 @@ class Chooser:
 
     def by_latency(self) -> tuple[Choice, dict[str, Any]]:
         """By measured latency: the ratio at which it fits is searched for."""
-        wanted, clock = self.step.latency or 0.0, Clock(self.ctx)
+        wanted, journal = self.step.latency or 0.0, self.journal
+        clock = functools.cache(lambda: Clock(self.ctx))  # its files are written only where something is measured
         round_to = self.step.widths.round_to
-        rules = self.rules(8 if round_to == "measured" else round_to)
+        rules = self.rules(ROUND_TO if round_to == "measured" else round_to)
 
         def path(ratio: float) -> Tensor:
             return choose(self.channels, self.scored[0], ratio, rules).keep
 
         def measure(keep: Tensor) -> float:
-            self.ctx.progress("prune", clock.count - 1, TRIES, "time a candidate")
-            return clock.shares([self.pruned(keep)])[0]
+            self.ctx.progress("prune", len(journal.known), TRIES, "time a candidate")
+            return journal.recall([self.name_of(keep)], lambda: clock().shares([self.pruned(keep)]))[0]
 
         start = 1.0 if Dense.of(self.ctx.history) is None else measure(self.everything)
         fit = fit_latency(measure, wanted, path, start=start, tries=TRIES)
@@ -177,8 +200,8 @@ class Chooser:
                 f"PruneChannels: latency={wanted:g} cannot be met: the fastest that was measured takes {fastest:.3f} "
                 "of the dense model's time; ask for less, or let more layers be pruned"
             )
-        journal = [{"ratio": ratio, "latency": latency} for ratio, latency in fit.journal]
-        return choose(self.channels, self.scored[0], fit.ratio, rules), {"measured": journal}
+        measured = [{"ratio": ratio, "latency": latency} for ratio, latency in fit.journal]
+        return choose(self.channels, self.scored[0], fit.ratio, rules), {"measured": measured}
 
     def pruned(self, keep: Tensor) -> nn.Module:
         """The model without the other units, for timing."""

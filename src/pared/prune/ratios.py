@@ -66,3 +66,9 @@ class Widths:
     def __post_init__(self) -> None:
         if isinstance(self.round_to, int) and self.round_to < 1:
             raise SettingError(f"Widths.round_to: a multiple is 1 or more, found {self.round_to}")
+        for pattern, (least, most) in self.limits.items():
+            if not 0 <= least <= most <= 1:
+                raise SettingError(
+                    f"Widths.limits: {pattern!r} needs [least, most] fractions, 0 <= least <= most <= 1, "
+                    f"found {[least, most]}"
+                )

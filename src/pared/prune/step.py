@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -14,8 +14,8 @@ from pared.errors import PlanError, PruneError, SettingError
 from pared.graph.capture import capture
 from pared.graph.channels import Channels, Group
 from pared.graph.labels import find_channels
-from pared.prune.budgets import Choice, candidates
-from pared.prune.choosing import Chooser
+from pared.prune.budgets import Choice, candidates, shown
+from pared.prune.choosing import ROUND_TO, Chooser
 from pared.prune.constants import constants_of, fold
 from pared.prune.edits import Fitted, edits_of
 from pared.prune.exact import difference
@@ -85,6 +85,24 @@ class PruneChannels:
         part = whole * fraction if name == "ratio" else 1 - (1 - whole) * fraction
         return dataclasses.replace(self, **{name: part})
 
+    def without_measuring(self) -> tuple[PruneChannels, list[str]]:
+        """The step as it can be planned at once, without data or clock, and what it then only estimates."""
+        changes: dict[str, Any] = {}
+        guesses = []
+        if needs_of(self.saliency):
+            changes["saliency"] = "l2"
+            guesses.append(f"an estimate: channels are ranked by l2, since {self.saliency} reads data")
+        if isinstance(self.ratios, Sensitivity):
+            changes["ratios"] = Equal()
+            guesses.append("an estimate: every group loses the same fraction, since sensitivity is measured on data")
+        if self.latency is not None:
+            changes |= {"latency": None, "macs": self.latency}
+            guesses.append("an estimate: multiply-accumulates stand for the latency, which only a run measures")
+        if self.widths.round_to == "measured":
+            changes["widths"] = dataclasses.replace(self.widths, round_to=ROUND_TO)
+            guesses.append(f"an estimate: widths are multiples of {ROUND_TO}; only a run measures which are fastest")
+        return dataclasses.replace(self, **changes), guesses
+
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         """Choose the channels, and prove that the model without them is what it was but for them.
 
@@ -94,11 +112,12 @@ class PruneChannels:
             CaptureError: The model cannot be captured.
             UsageError, DataError: The data that the saliency needs are missing or wrong.
         """
-        if isinstance(model, fx.GraphModule) or ctx.floating not in (None, model):
+        if isinstance(model, fx.GraphModule) or ctx.floating not in (None, model) or quantized_in(ctx.history):
             raise PlanError(
                 "PruneChannels: the model is quantized already, and its integers have no channels to remove; "
                 "move PruneChannels, and the training after it, before the quantization"
             )
+        step, guesses = self.without_measuring() if ctx.dry else (self, [])
         program = capture(model, ctx.task)
         pins: dict[str, str] = {}
         for attempt in range(ATTEMPTS):
@@ -107,11 +126,11 @@ class PruneChannels:
             groups, skips = candidates(channels, self.include, self.exclude)
             if not groups:
                 raise nothing_to_prune((*channels.skips, *skips))
-            chooser = Chooser(self, model, channels, groups, ctx)
+            chooser = Chooser(step, model, channels, groups, ctx)
             choice, measured = chooser.choice()
             fitted = edits_of(model, channels, choice.keep, ctx.task)
             if not fitted.pins:
-                facts = {"pins": pins, **measured}
+                facts = {"pins": pins, **measured, "warnings": guesses}
                 return self.planned(chooser, choice, fitted, (*channels.skips, *skips), facts)
             pins |= fitted.pins
         raise PlanError(
@@ -135,12 +154,12 @@ class PruneChannels:
                 f"PruneChannels: with the constants of removed channels taken in, the model is {apart.relative:.1e} "
                 f"from the masked one, where rounding explains {apart.tolerance:.0e}; please report this model"
             )
-        ctx.memo["PruneChannels"] = (self, model, pruned)
         dense, params, macs = chooser.dense, chooser.params(keep), chooser.work(keep)
         widths = {g.name: [choice.sizes[g.name] * g.width, g.size * g.width] for g in channels.groups}
         changed = [group for group in channels.groups if choice.sizes[group.name] < group.size]
         unjudged = chooser.scored[1]
-        return Plan(
+        guesses = facts.pop("warnings")
+        plan = Plan(
             step="PruneChannels",
             settings=settings_of(self),
             edits=fitted.edits,
@@ -157,17 +176,19 @@ class PruneChannels:
                 "approximate": {
                     g.name: channels.approximate[g.name] for g in changed if g.name in channels.approximate
                 },
-                "warnings": [*choice.notes, *warnings_of(channels, changed)],
+                "warnings": [*guesses, *choice.notes, *warnings_of(channels, changed, constants.left)],
                 "curves": {name: [list(point) for point in curve] for name, curve in chooser.curves.items()},
                 **facts,
             },
-            estimate=ctx.dry,
+            estimate=ctx.dry and bool(guesses or ctx.history),
         )
+        ctx.memo["PruneChannels"] = (plan, model, pruned)
+        return plan
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
         """The model without the channels. Raises: PruneError, ModelError where the plan does not fit the model."""
-        step, planned, ready = ctx.memo.pop("PruneChannels", (None, None, None))
-        if step == self and planned is model and ready is not None:
+        planned, of, ready = ctx.memo.pop("PruneChannels", (None, None, None))
+        if planned is plan and of is model and ready is not None:
             made: nn.Module = ready
             return made
         program = capture(model, ctx.task)
@@ -186,13 +207,30 @@ class PruneChannels:
         return fold(apply_edits(model, plan.edits, {}), model, channels, keep, constants)
 
 
-def warnings_of(channels: Channels, changed: Sequence[Group]) -> list[str]:
-    """What the caller should know of a prune that went well."""
-    vague = [group.name for group in changed if group.name in channels.approximate]
+def quantized_in(history: Sequence[Plan]) -> bool:
+    """Whether an earlier step has made integers of the model, which a dry run does not do."""
+    return any(edit.kind == "quantize" for plan in history for edit in plan.edits)
+
+
+def warnings_of(channels: Channels, changed: Sequence[Group], left: Mapping[str, str]) -> list[str]:
+    """What the caller should know of a prune that went well.
+
+    Args:
+        channels: Of the model.
+        changed: Groups that lose units.
+        left: Layers into which constants of removed channels could not be taken, with the reason.
+    """
     found = []
+    vague = {group.name: channels.approximate[group.name] for group in changed if group.name in channels.approximate}
     if vague:
-        first = channels.approximate[vague[0]]
-        found.append(f"{len(vague)} groups ({vague[0]}, ...) are removed up to this: {first}")
+        first = next(iter(vague.values()))
+        found.append(f"{shown(list(vague))}: removed up to this: {first}")
+    if left:
+        why = next(iter(left.values()))
+        found.append(
+            "biases and shifts of removed channels count as zero where no bias could take them in: "
+            f"{shown([name or 'the model itself' for name in left])}; the first: {why}"
+        )
     return found
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,3 +71,35 @@ def sizes_of(task: Task) -> dict[str, int]:
         if isinstance(value, Tensor)
         for dim, label in task.dynamic_of(name).items()
     }
+
+
+class Journal:
+    """Measurements by what was measured, in a file: a run that was stopped goes by the same ones when it goes on.
+
+    Args:
+        path: Of the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, float] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+
+    def recall(self, keys: Sequence[str], measure: Callable[[], Sequence[float]]) -> list[float]:
+        """The measurements of these keys, made and written down at once where one of them is not known."""
+        if not set(keys) <= self.known.keys():
+            self.known |= dict(zip(keys, measure(), strict=True))
+            write(self.path, self.known)
+        return [self.known[key] for key in keys]
+
+
+def digest(*parts: Any) -> str:
+    """A short name for plain data."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def write(path: Path, data: Any) -> None:
+    """Write a file at once, so that none is ever read half."""
+    part = path.with_suffix(".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(data), encoding="utf8")
+    part.replace(path)
