@@ -21,6 +21,7 @@ from pared.prune.latency import fit_latency
 from pared.prune.ratios import Equal, Global, Sensitivity
 from pared.prune.saliency import score
 from pared.prune.timing import Clock, Journal, digest
+from pared.prune.widths import bounds, equal_to
 from pared.step import Context, Plan, Skip
 from pared.surgery import apply_edits
 from pared.train.checkpoint import fingerprint
@@ -155,6 +156,30 @@ class Chooser:
         fastest = min(range(len(distinct)), key=shares.__getitem__)
         measured = [{"widths": dict(choice.sizes), "latency": s} for choice, s in zip(distinct, shares, strict=True)]
         return distinct[fastest], {"measured": measured}
+
+    def unmoved(self, choice: Choice) -> list[Skip]:
+        """The groups that could lose units and lose none, each with the reason."""
+        whole = [g for g in self.groups if choice.sizes[g.name] == g.size and g.name in self.scored[0]]
+        return [Skip(group.name, self.why_whole(group)) for group in whole]
+
+    def why_whole(self, group: Group) -> str:
+        """Why all units of a group stay."""
+        step, dense = self.step, self.dense.sizes.get(group.name, group.size)
+        allowed = {other.name for other in self.groups}
+        tied = [name for name in equal_to(group.name, self.channels) if name not in allowed]
+        if group.size == 1:
+            return "it has one channel"
+        if bounds(group, step.widths.limits)[0] == group.size:
+            return "limits keep all its channels"
+        if tied:
+            return f"as much of it must stay as of {tied[0]}, which may not be pruned"
+        if step.ratio is not None and isinstance(step.ratios, Equal) and group.size <= dense * (1 - step.ratio):
+            return "as few of its channels as are asked for are left already"
+        width, multiple = group.size * group.width, step.widths.round_to
+        if isinstance(step.ratios, Equal):
+            rounded = "" if multiple == 1 else f", as multiples of {multiple} (widths.round_to)"
+            return f"the budget rounds to all its {width} channels{rounded}"
+        return f"all its {width} channels rank above what goes"
 
     def by_count(self, round_to: int) -> Choice:
         """By the budget of channels, parameters or multiply-accumulates."""

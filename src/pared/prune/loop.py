@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pared.errors import UsageError
 from pared.prune.step import PruneChannels
 from pared.seeding import isolated
 from pared.step import Context
@@ -40,6 +41,8 @@ def channels(model: nn.Module, task: Task, *, target: str = "onnxruntime", seed:
         Linear(in_features=4, out_features=4, bias=True)
     """
     step = PruneChannels(**settings)
+    if not isinstance(task, Task):
+        raise UsageError(f"task must be a pared.Task, found {type(task).__name__}; say pared.Task(example_inputs=(x,))")
     for need in sorted(step.needs):
         task.require(need, "PruneChannels")
     with tempfile.TemporaryDirectory(prefix="pared-") as folder, isolated(task):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
+from pydantic_core import PydanticCustomError
 
 from pared.errors import SettingError
 from pared.step import settings
@@ -42,8 +44,11 @@ Ratios = Equal | Global | Sensitivity
 
 
 def named_ratios(value: Any) -> Any:
-    """Let a bare name stand for a way with its default settings."""
-    return RATIOS[value]() if isinstance(value, str) and value in RATIOS else value
+    """Let a bare name stand for a way with its default settings; say which there are where there is none of a name."""
+    kind = value.get("kind", "equal") if isinstance(value, Mapping) else value
+    if isinstance(kind, str) and kind not in RATIOS:
+        raise PydanticCustomError("ratios", "should be 'equal', 'global' or 'sensitivity'")
+    return RATIOS[value]() if isinstance(value, str) else value
 
 
 @settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -70,7 +71,7 @@ class PruneChannels:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = f"found {' and '.join(given)}" if given else "found none"
-            raise SettingError(f"PruneChannels: give exactly one of {', '.join(BUDGETS)}; {found}")
+            raise SettingError(f"give exactly one budget, {', '.join(BUDGETS[:-1])} or {BUDGETS[-1]}; {found}")
         criterion_of(self.saliency)
 
     @property
@@ -128,10 +129,14 @@ class PruneChannels:
                 raise nothing_to_prune((*channels.skips, *skips))
             chooser = Chooser(step, model, channels, groups, ctx)
             choice, measured = chooser.choice()
+            unmoved = chooser.unmoved(choice)
+            if bool(choice.keep.all()):
+                raise nothing_to_prune((*unmoved, *skips, *channels.skips))
             fitted = edits_of(model, channels, choice.keep, ctx.task)
             if not fitted.pins:
-                facts = {"pins": pins, **measured, "warnings": guesses}
-                return self.planned(chooser, choice, fitted, (*channels.skips, *skips), facts)
+                ctx.progress("prune", attempt + 1, attempt + 1, "channels chosen, edits proved")
+                facts = {"pins": {name: placeless(why) for name, why in pins.items()}, **measured, "warnings": guesses}
+                return self.planned(chooser, choice, fitted, (*channels.skips, *skips, *unmoved), facts)
             pins |= fitted.pins
         raise PlanError(
             f"PruneChannels: after {ATTEMPTS} attempts the model still does not run without channels: "
@@ -163,7 +168,7 @@ class PruneChannels:
             step="PruneChannels",
             settings=settings_of(self),
             edits=fitted.edits,
-            skips=(*skips, *unjudged),
+            skips=tuple(Skip(skip.module, placeless(skip.reason)) for skip in (*skips, *unjudged)),
             facts={
                 "dense": dataclasses.asdict(dense),
                 "keep": {group.name: keep[group.units].nonzero().flatten().tolist() for group in changed},
@@ -212,6 +217,16 @@ def quantized_in(history: Sequence[Plan]) -> bool:
     return any(edit.kind == "quantize" for plan in history for edit in plan.edits)
 
 
+def placeless(reason: str) -> str:
+    """A reason whose line of code is named without the folders of this machine: plans are shipped.
+
+    Example:
+        >>> placeless("it is written there (at /home/me/net.py:3, in forward: x + 8)")
+        'it is written there (at net.py:3, in forward: x + 8)'
+    """
+    return re.sub(r"\(at [^:]*[/\\]([^/\\]+:\d+, in )", r"(at \1", reason)
+
+
 def warnings_of(channels: Channels, changed: Sequence[Group], left: Mapping[str, str]) -> list[str]:
     """What the caller should know of a prune that went well.
 
@@ -236,6 +251,6 @@ def warnings_of(channels: Channels, changed: Sequence[Group], left: Mapping[str,
 
 def nothing_to_prune(skips: Sequence[Skip]) -> PlanError:
     """The error where no channel of any layer can leave: never a model that is silently as large as before."""
-    few = "; ".join(f"{skip.module}: {skip.reason}" for skip in skips[:3])
+    few = "; ".join(f"{skip.module or 'the model itself'}: {skip.reason}" for skip in skips[:3])
     more = f"; and {len(skips) - 3} more" if len(skips) > 3 else ""
     return PlanError(f"PruneChannels: no channel can be removed ({few or 'the model has no layers'}{more})")
