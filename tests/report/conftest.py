@@ -17,7 +17,20 @@ from typing import Any
 
 import pytest
 
-from pared.report.data import Agreement, Final, Latency, Layer, LayerCost, Report, Skipped, Speedup, Stage, Timing
+from pared.report.data import (
+    Agreement,
+    Final,
+    Latency,
+    Layer,
+    LayerCost,
+    Pruned,
+    PrunedGroup,
+    Report,
+    Skipped,
+    Speedup,
+    Stage,
+    Timing,
+)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -42,6 +55,27 @@ def layers(became: str) -> tuple[Layer, ...]:
     rows.append(Layer(module="classifier.dropout", kind="Dropout", params=0, macs=0, became="removed on export"))
     rows.append(Layer(module="classifier.linear", kind="Linear", params=1_281_000, macs=1_280_000, became=became))
     return tuple(rows)
+
+
+def pruned_by_half() -> Pruned:
+    """Three convolutions and two linear layers: the first fragile, the last hardly so, one not to be pruned."""
+    steep = {"features.0": 0.4, "features.1.expand": 0.2, "features.2.expand": 0.1, "mlp.0": -0.02, "mlp.2": 0.01}
+    groups = [
+        PrunedGroup(
+            name=name,
+            kind="fully connected" if name.startswith("mlp") else "convolution",
+            kept=64 if name == "mlp.2" else 32,
+            before=64,
+            approximate="a layer norm's mean runs over fewer channels" if name == "mlp.0" else "",
+            curve=tuple((ratio, 2 * ratio * drop) for ratio in (0.0, 0.25, 0.5, 0.75)),
+        )
+        for name, drop in steep.items()
+    ]
+    left = (
+        Skipped(module="features.1.project", reason="it pads (up to 0.00804)"),
+        Skipped(module="features.2.project", reason="it pads (up to 0.1)"),
+    )
+    return Pruned(params=0.329, macs=0.306, difference=2.6e-16, taken_in=42, groups=tuple(groups), left=left)
 
 
 @pytest.fixture
@@ -98,6 +132,7 @@ def sample() -> Report:
         changed=tuple(f"features.{i}.expand" for i in range(1, 20)),
         skipped=(Skipped(module="classifier.linear", reason="its outputs are the model's classes"),),
         layers=layers("half its channels"),
+        pruned=pruned_by_half(),
     )
     quantized = Stage(
         name="3 QuantizeStatic",
@@ -198,6 +233,13 @@ def hostile(sample: Report) -> Report:
         changed=(HOSTILE,),
         skipped=(Skipped(module=HOSTILE, reason=HOSTILE),),
         warnings=(HOSTILE,),
+        pruned=Pruned(
+            params=0.5,
+            macs=0.5,
+            difference=0.0,
+            groups=(PrunedGroup(name=HOSTILE, kept=1, before=2, approximate=HOSTILE, curve=((0.0, 0.0), (0.5, 0.1))),),
+            left=(Skipped(module=HOSTILE, reason=HOSTILE),),
+        ),
         sensitivity=(LayerCost(module=HOSTILE, sqnr_db=1.0, drops={HOSTILE: 0.5}),),
         layers=(Layer(module=HOSTILE, kind=HOSTILE, params=1, macs=0, became=HOSTILE),),
     )

@@ -65,13 +65,16 @@ def test_page_holds_every_section_when_the_run_is_complete(sample: Report) -> No
 
 
 def test_navigation_leads_to_every_section_that_is_there(sample: Report) -> None:
-    bare = dataclasses.replace(sample, stages=tuple(dataclasses.replace(s, sensitivity=()) for s in sample.stages))
+    bare = dataclasses.replace(
+        sample, stages=tuple(dataclasses.replace(s, sensitivity=(), pruned=None) for s in sample.stages)
+    )
     for report, costs in ((sample, True), (bare, False)):
         tags = Outline(page(report)).tags
         links = [found["href"] for tag, found in tags if tag == "a" and (found["href"] or "").startswith("#")]
         headings = [f"#{found['id']}" for tag, found in tags if tag == "h2" and "id" in found]
         assert [link for link in links if link != "#main"] == headings
         assert ("#fragile" in links) == costs
+        assert ("#pruned" in links) == costs
 
 
 def test_page_lists_every_layer_and_every_skip_when_there_are_many(sample: Report) -> None:
@@ -79,6 +82,32 @@ def test_page_lists_every_layer_and_every_skip_when_there_are_many(sample: Repor
     for stage in sample.stages:
         for name in [*(layer.module for layer in stage.layers), *(skip.module for skip in stage.skipped)]:
             assert name in text
+
+
+def test_page_says_what_was_pruned_and_how_far_that_is_exact(sample: Report) -> None:
+    text = Outline(page(sample)).text
+    for words in (
+        "32.9 % of parameters and 30.6 % of multiply-accumulates stay, rolled back",
+        "the outputs are those of the network with these channels masked, to 3e-16",
+        "taken in the constants of 42 removed channels",
+        "approximate in mlp.0, as the table says",
+        "features.0 convolution 32 of 64 50 % 20.0 40.0 60.0",
+        "mlp.2 fully connected 64 of 64 0 % 0.5 1.0 1.5",
+        "approximate: a layer norm's mean runs over fewer channels",
+        "features.1.project features.2.project : it pads",
+    ):
+        assert words in text
+
+
+def test_page_has_no_plot_of_curves_when_none_was_measured(sample: Report) -> None:
+    found = sample.stages[2].pruned
+    assert found is not None
+    groups = tuple(dataclasses.replace(group, curve=()) for group in found.groups)
+    stage = dataclasses.replace(sample.stages[2], pruned=dataclasses.replace(found, groups=groups, left=(), taken_in=0))
+    text = Outline(page(dataclasses.replace(sample, stages=(sample.stages[0], stage, *sample.stages[3:])))).text
+    assert "features.0 convolution 32 of 64 50 % features.1" in text
+    assert "nothing retrained" not in text
+    assert "count as zero" not in text
 
 
 def test_page_gives_back_the_recipe_when_its_yaml_is_read(sample: Report) -> None:

@@ -53,13 +53,26 @@ def print_plans(plans: Sequence[Plan]) -> None:
         kinds: dict[str, dict[str, None]] = {}
         for edit in plan.edits:
             kinds.setdefault(edit.module, {})[edit.kind] = None
-        rows = [(module, ", ".join(made)) for module, made in kinds.items()]
+        widths = plan.facts.get("widths", {})
+        rows = [(module, ", ".join(what(kind, widths.get(module)) for kind in made)) for module, made in kinds.items()]
         rows += [(skip.module, f"stays: {skip.reason}") for skip in plan.skips]
         say(f"{number} {plan.step}: {counted}")
         say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing")
         notes = [note for part in plan.facts.get("during", ()) for note in part["facts"].get("notes", ())]
         say(*(f"  {note}" for note in notes))
+        if widths:
+            shares = words.what_stays(plan.facts["params"], plan.facts["macs"])
+            say(f"  {shares}, of the dense network's")
         say(*(f"  {warning}" for warning in plan.facts.get("warnings", ())), "")
+
+
+def what(kind: str, width: Sequence[int] | None) -> str:
+    """A kind of edit in words: a layer that makes channels says how many stay."""
+    if kind != "slice":
+        return kind
+    return (
+        "cut to fit its neighbours" if width is None or width[0] == width[1] else f"{width[0]} of {width[1]} channels"
+    )
 
 
 def print_counts(rows: Sequence[LayerCount]) -> None:

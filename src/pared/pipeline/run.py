@@ -23,10 +23,10 @@ from pared.measure.latency import percentiles, speedup, time_in_turn
 from pared.measure.memory import peak_memory
 from pared.pipeline.arguments import told
 from pared.pipeline.keys import next_key, run_key, start_key
+from pared.pipeline.layers import layer_costs, layer_table, pruned
 from pared.pipeline.stage import (
     Stage,
     finish_stage,
-    layer_table,
     output_index,
     read_facts,
     read_stage,
@@ -223,11 +223,12 @@ class Run:
             seconds=stage.facts["seconds"],
             changed=plan.changed if plan else (),
             skipped=tuple(report.Skipped(module=s.module, reason=s.reason) for s in plan.skips) if plan else (),
-            layers=layer_table(counts, plans),
+            layers=layer_table(counts, plans, others[0].floating, stage.floating),
             measured=not self.missing,
             why=self.missing and self.missing + ("; accuracy and speed could not be judged" if block else ""),
             warnings=tuple(plan.facts.get("warnings", ())) if plan else (),
             sensitivity=layer_costs(plan),
+            pruned=pruned(plan, others[0].floating),
             metrics=stage.facts["metrics"],
             **timed,
             size_bytes=stage.facts["size_bytes"],
@@ -357,12 +358,6 @@ def after(
     quantizes = any(edit.kind == "quantize" for edit in plan.edits)
     floating = ctx.memo.pop("floating", before.floating) if quantizes else model
     return Stage(key=key, model=model, floating=floating, plan=plan, file=file, output=before.output, facts=facts)
-
-
-def layer_costs(plan: Plan | None) -> tuple[report.LayerCost, ...]:
-    """What a plan says of the cost of each layer alone."""
-    found = plan.facts.get("sensitivity") if plan else None
-    return tuple(report.LayerCost(**row) for row in found["layers"]) if found else ()
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pared.errors import ModelError
 from pared.graph.capture import evaluating
-from pared.graph.counts import LayerCount, nonzero_params
+from pared.graph.counts import nonzero_params
 from pared.identity import identity
 from pared.measure.fidelity import Comparison
 from pared.measure.parity import FLOAT_FLOOR_DB, QUANTUM_FLOOR_DB, SLACK_DB, check_parity
@@ -25,7 +25,7 @@ from pared.metrics import Metric
 from pared.pipeline.parting import where_they_part
 from pared.pipeline.without_vnni import emulate_without_vnni
 from pared.pipeline.workspace import write_json
-from pared.report.data import Agreement, Layer, WithoutVnni, finite
+from pared.report.data import Agreement, WithoutVnni, finite
 from pared.seeding import seed_all
 from pared.step import Plan, Session, Target
 from pared.targets.sessions import size_of, why_not_here
@@ -238,19 +238,3 @@ def test_id(task: Task, seed: int) -> str:
         return ""
     seed_all(task, seed, 0)
     return digest_of(task.batches("test", limit=FIRST))
-
-
-def layer_table(counts: Sequence[LayerCount], plans: Sequence[Plan]) -> tuple[Layer, ...]:
-    """What each layer became by the plans kept so far."""
-    became: dict[str, str] = {}
-    for plan in plans:
-        became |= dict.fromkeys(plan.facts.get("folded", ()), "folded")
-        for edit in plan.edits:
-            quantized = edit.detail.get("dtype") or f"int{edit.detail.get('bits')}"
-            became[edit.module] = quantized if edit.kind == "quantize" else edit.kind
-    return tuple(
-        Layer(
-            module=row.module, kind=row.kind, params=row.params, macs=row.macs, became=became.get(row.module, "float32")
-        )
-        for row in counts
-    )

@@ -100,6 +100,47 @@ class LayerCost:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrunedGroup:
+    """Channels that can only leave together, named after the first layer that makes them.
+
+    Attributes:
+        kind: What that layer is: "convolution", "fully connected", or "" where it is neither.
+        kept: Channels that stay, of the `before` that this stage found.
+        approximate: Why the removal is not exact; "" where it is.
+        curve: (ratio removed, drop of the first metric in its own unit, positive where it gets worse), of this group
+            alone, before any training; empty where not measured.
+    """
+
+    name: str
+    kind: Literal["convolution", "fully connected", ""] = ""
+    kept: int
+    before: int
+    approximate: str = ""
+    curve: tuple[tuple[float, Number], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a stage removed from the network, and how far that is exact.
+
+    Attributes:
+        params: Parameters that stay, of the dense network's.
+        macs: Multiply-accumulates that stay, of the dense network's.
+        difference: Largest relative difference between the outputs and those of the masked network, as checked.
+        taken_in: Removed channels whose constants what follows has taken in.
+        groups: In the network's order, those that stayed whole too.
+        left: Layers where constants of removed channels count as zero, and why.
+    """
+
+    params: float
+    macs: float
+    difference: float
+    taken_in: int = 0
+    groups: tuple[PrunedGroup, ...] = ()
+    left: tuple[Skipped, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Figures:
     """What was measured on one exported file. None: not measured; `without_vnni`: nothing can saturate."""
 
@@ -133,6 +174,7 @@ class Stage(Figures):
         layers: The per-layer table of this stage.
         warnings: What the step's plan warned of, one sentence each.
         sensitivity: What each layer costs when it alone is quantized, the most fragile first; empty where not measured.
+        pruned: What was removed from the network; None where the step does no such thing.
     """
 
     name: str
@@ -147,6 +189,7 @@ class Stage(Figures):
     layers: tuple[Layer, ...] = ()
     warnings: tuple[str, ...] = ()
     sensitivity: tuple[LayerCost, ...] = ()
+    pruned: Pruned | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ import jinja2
 import yaml
 
 from pared.report import words
-from pared.report.data import Layer, Report, Stage, finite
+from pared.report.curves import Cost, CurvePlot, cost_cells, curve_plot, ratios
+from pared.report.data import Layer, PrunedGroup, Report, Stage, finite
 from pared.report.plots import better_where, plots
 
 ENVIRONMENT = jinja2.Environment(
@@ -58,6 +59,31 @@ class SkipRow:
     modules: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """What one stage removed.
+
+    Attributes:
+        stage: That did.
+        summary: How much stays, in words.
+        proof: How far the removal is exact, in words.
+        plot: The sensitivity curves, where they were measured.
+        ratios: Columns of the table: ratios that were measured.
+        unit: Of the drops in these columns, in words.
+        rows: A group, and its drop at each ratio.
+        left: Layers where constants count as zero, by reason.
+    """
+
+    stage: Stage
+    summary: str
+    proof: str
+    plot: CurvePlot | None
+    ratios: list[float]
+    unit: str
+    rows: list[tuple[PrunedGroup, list[Cost]]]
+    left: list[tuple[str, list[str]]]
+
+
 def write_html(report: Report, path: Path) -> None:
     """Write the page to a file."""
     path.write_text(page(report), encoding="utf8")
@@ -80,6 +106,7 @@ def page(report: Report) -> str:
         plots=plots(report),
         better_where=better_where(report),
         layer_tables=layer_tables(report),
+        prunes=prunes(report),
         skips=skips(report),
         task=words.facts({key: value for key, value in report.task.items() if key != "higher_is_better"}),
         recipe=recipe_text(report.recipe),
@@ -166,6 +193,32 @@ def layer_tables(report: Report) -> list[tuple[Stage, list[LayerRow]]]:
         ]
         tables.append((stage, rows))
     return tables
+
+
+def prunes(report: Report) -> list[Prune]:
+    """What each stage that prunes removed, in order."""
+    metric = next(iter(words.metric_names(report)), "the metric")
+    found = []
+    for stage in report.stages:
+        if stage.pruned is None:
+            continue
+        left: dict[str, list[str]] = {}
+        for skip in stage.pruned.left:
+            # The size of the constant differs from layer to layer, the reason does not.
+            left.setdefault(skip.reason.partition(" (up to ")[0], []).append(skip.module)
+        found.append(
+            Prune(
+                stage=stage,
+                summary=words.what_stays(stage.pruned.params, stage.pruned.macs),
+                proof=words.proof(stage.pruned),
+                plot=curve_plot(report, stage),
+                ratios=ratios(stage),
+                unit=f"{metric} in points" if words.is_ratio(metric) else metric,
+                rows=[(group, cost_cells(report, stage, group)) for group in stage.pruned.groups],
+                left=list(left.items()),
+            )
+        )
+    return found
 
 
 def skips(report: Report) -> list[SkipRow]:

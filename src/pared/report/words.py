@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pared.report.data import Agreement, Figures, Report, Speedup, Stage, WithoutVnni
+from pared.report.data import Agreement, Figures, Pruned, Report, Speedup, Stage, WithoutVnni
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -122,6 +122,38 @@ def decibels(given: Agreement | None) -> str:
 def share(value: float | None) -> str:
     """A ratio of 0 to 1 in percent, or ''."""
     return "" if value is None else f"{100 * value:.2f} %"
+
+
+def percent(value: float) -> str:
+    """A fraction in percent, with a decimal only where there is one.
+
+    Example:
+        >>> percent(0.25), percent(0.125), percent(1 / 3)
+        ('25 %', '12.5 %', '33.3 %')
+    """
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def what_stays(params: float, macs: float) -> str:
+    """How much of the dense network a prune leaves, both as fractions.
+
+    Example:
+        >>> what_stays(0.25, 0.5)
+        '25 % of parameters and 50 % of multiply-accumulates stay'
+    """
+    return f"{percent(params)} of parameters and {percent(macs)} of multiply-accumulates stay"
+
+
+def proof(pruned: Pruned) -> str:
+    """How far what a prune left computes what the network with the same channels masked computes."""
+    parts = [f"Checked: the outputs are those of the network with these channels masked, to {pruned.difference:.0e}."]
+    if pruned.taken_in:
+        parts.append(f"What follows has taken in the constants of {plural(pruned.taken_in, 'removed channel')}.")
+    vague = [group.name for group in pruned.groups if group.approximate]
+    if vague:
+        named = vague[0] if len(vague) == 1 else f"{vague[0]} and {len(vague) - 1} more"
+        parts.append(f"The removal is approximate in {named}, as the table says.")
+    return " ".join(parts)
 
 
 def metric_names(report: Report) -> list[str]:
