@@ -122,3 +122,22 @@ def test_difference_computes_in_float64_when_the_code_names_float32() -> None:
     found = difference(model, apply_edits(model, structure_of(channels, keep), {}), channels, keep, task)
     assert (found.dtype, found.exact) == ("float64", True)
     assert torch.get_default_dtype() == torch.float32
+
+
+class Standardized(nn.Conv2d):
+    """Its filters get a mean of 0 and a variance of 1 over what they read, as in timm's norm-free networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_weights_are_standardized_over_kept_channels_when_channels_are_removed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Standardized(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    task = Task(example_inputs=(torch.randn(2, 3, 9, 9),))
+    channels = channels_of(model, task)
+    keep = half(channels)
+    pruned = apply_edits(model, structure_of(channels, keep), {})
+    assert difference(model, pruned, channels, keep, task).relative < 1e-13

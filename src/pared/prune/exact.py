@@ -29,44 +29,20 @@ from pared.task import Inputs, Task
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 # Operators that sum over a dimension of an argument: there a removed unit must give nothing.
-SUMS = frozenset(
-    [
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "convolution",
-        "linear",
-        "addmm",
-        "mm",
-        "bmm",
-        "baddbmm",
-        "matmul",
-        "mv",
-        "addmv",
-        "dot",
-        "einsum",
-        "tensordot",
-        "bilinear",
-        "scaled_dot_product_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "sum",
-        "linalg_vector_norm",
-        "norm",
-    ]
+SUMMING = (
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear addmm mm bmm "
+    "baddbmm matmul mv addmv dot einsum tensordot bilinear scaled_dot_product_attention "
+    "_scaled_dot_product_flash_attention_for_cpu lstm gru rnn_tanh rnn_relu sum linalg_vector_norm norm"
 )
+SUMS = frozenset(SUMMING.split())
 # Of these, the ones whose second argument makes channels; and the norms whose second argument scales them.
 MAKERS = frozenset(name for name in SUMS if name.startswith("conv") or name == "linear")
 SCALES = frozenset(["batch_norm", "_native_batch_norm_legit_no_training", "instance_norm"])
 NORMS = frozenset(["layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"])
 GROUP_NORMS = frozenset(["group_norm", "native_group_norm"])
 MEANS = frozenset(["mean", "var", "std", "var_mean", "std_mean"])
+# Norms that may take the statistics of their input, as where weights are standardized.
+STANDARDS = frozenset(["batch_norm", "_native_batch_norm_legit"])
 VIEWS = frozenset(["view", "_unsafe_view"])
 # What export adds to check dtypes and sizes, which another dtype would fail.
 CHECKS = frozenset(["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_guards_fn"])
@@ -282,6 +258,8 @@ class Masked(fx.Interpreter):
         name = operator(n).removeprefix("aten.")
         if name in CHECKS:
             return None
+        if name in STANDARDS and named_arguments(n).get("training"):
+            return self.over_kept(n, name)
         if name in SUMS or name in SCALES:
             read = self.without if name in SUMS else self.env.__getitem__
             args, kwargs = fx.node.map_arg((n.args, n.kwargs), read)
@@ -311,17 +289,18 @@ class Masked(fx.Interpreter):
 
     def over_kept(self, node: fx.Node, name: str) -> Any:
         """A norm or a mean whose statistics run over kept channels alone."""
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        source = next(iter(named.values()))
+        named = named_arguments(node)
+        first_name, source = next(iter(named.items()))
         given = dict(fx.node.map_arg(named, lambda held: self.env[held]))
         x = self.env[source]
         dims = self.statistics(name, x, given)
         gone = {dim: where for dim, where in self.removed(source, self.gone).items() if dim in dims}
+        if name in STANDARDS:
+            given["weight"] = self.silent(node, 1, given["weight"])
         if not gone:
-            return super().run_node(node)
+            return node.target(**given)  # type: ignore[operator]
         index = {dim: (~where).nonzero().flatten().to(x.device) for dim, where in gone.items()}
-        given[names[0]] = taken(x, index)
+        given[first_name] = taken(x, index)
         if name in NORMS or name in GROUP_NORMS:
             first = x.ndim - len(given["normalized_shape"]) if name in NORMS else 1
             inner = {dim - first: kept for dim, kept in index.items()}
@@ -329,9 +308,9 @@ class Masked(fx.Interpreter):
                 if given.get(key) is not None:
                     given[key] = taken(given[key], inner)
             if name in NORMS:
-                given["normalized_shape"] = list(given[names[0]].shape[first:])
+                given["normalized_shape"] = list(given[first_name].shape[first:])
             if "C" in given:
-                given["C"] = given[names[0]].shape[1]
+                given["C"] = given[first_name].shape[1]
         result = node.target(**given)  # type: ignore[operator]
         if name in MEANS:
             return result
@@ -346,9 +325,17 @@ class Masked(fx.Interpreter):
         if name in GROUP_NORMS:
             # Of several groups only whole ones leave, and the others do not notice.
             return {1} if given.get("num_groups", given.get("group")) == 1 else set()
+        if name in STANDARDS:
+            return set(range(x.ndim)) - {1}
         dims = given.get("dim")
         dims = [dims] if isinstance(dims, int) else dims
         return {dim % x.ndim for dim in dims} if dims else set(range(x.ndim))
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name, those that are given."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def tensor_of(model: nn.Module, channels: Channels, target: str) -> Tensor | None:
