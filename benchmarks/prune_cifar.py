@@ -220,6 +220,7 @@ def pruned(
             dense=dense,
             seed=seed,
             history=tuple(plans),
+            threads=1,
         )
         plan = step.plan(model, ctx)
         return step.apply(model, plan, ctx).eval(), plan
