@@ -239,7 +239,7 @@ def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
     model = trained(load(kind, job["source"]), EPOCHS, job, dense)
     if job["phase"] == "final":
         save(model, job["kind"], job["seed"], (), WIDTHS if kind == "dense" else small_widths())
-    return {"epochs": EPOCHS, **judged(model, job)}
+    return {"epochs": OPTIONS.epochs or EPOCHS, **judged(model, job)}
 
 
 def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +257,12 @@ def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["phase"] == "final":
         save(model, job["kind"], job["seed"], plans, WIDTHS)
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return {"epochs": sum(rounds), **facts, **judged(model, job), "widths": widths}
+    return {
+        "epochs": (OPTIONS.epochs or 0) * len(rounds) or sum(rounds),
+        **facts,
+        **judged(model, job),
+        "widths": widths,
+    }
 
 
 def judged(model: nn.Module, job: Mapping[str, Any] | None = None) -> dict[str, Any]:
