@@ -103,13 +103,13 @@ def zeroed(places: Mapping[int, Tensor]) -> Override:
 def path_along(curves: Mapping[str, Curve]) -> Callable[[float], dict[str, float]]:
     """From a number between 0 and 1 to a ratio for each group, all at the same drop.
 
-    At 0 nothing goes, at 1 everything; in between every group loses as much as costs no more than a drop that rises
-    evenly through all that were measured.
+    At 0 nothing goes, at 1 everything. First goes, of every group alike, what costs nothing; then every group loses as
+    much as costs no more than a drop that rises evenly through all that were measured.
 
     Example:
         >>> path = path_along({"a": [(0.0, 0.0), (0.5, 0.1)], "b": [(0.0, 0.0), (0.5, 0.4)]})
         >>> {name: round(ratio, 2) for name, ratio in path(0.5).items()}
-        {'a': 0.61, 'b': 0.31}
+        {'a': 0.5, 'b': 0.12}
     """
     rising = {name: monotone(curve) for name, curve in curves.items()}
     drops = sorted({drop for curve in rising.values() for _, drop in curve})
@@ -117,9 +117,11 @@ def path_along(curves: Mapping[str, Curve]) -> Callable[[float], dict[str, float
     drops.append(top)
 
     def path(part: float) -> dict[str, float]:
-        at = part * (len(drops) - 1)
-        low = min(int(at), len(drops) - 2)
-        drop = drops[low] + (at - low) * (drops[low + 1] - drops[low])
+        at = part * len(drops)
+        if at < 1:
+            return {name: at * ratio_at([*curve, (1.0, top)], drops[0]) for name, curve in rising.items()}
+        low = min(int(at) - 1, len(drops) - 2)
+        drop = drops[low] + (at - 1 - low) * (drops[low + 1] - drops[low])
         return {name: ratio_at([*curve, (1.0, top)], drop) for name, curve in rising.items()}
 
     return path
