@@ -36,6 +36,7 @@ def run(out: Path, **settings: Any) -> pared.Artifact:
     return pared.compress(model, STEPS, task, out=out, budget=BUDGET, **settings)
 
 
+@pytest.mark.slow
 def test_a_pruned_trained_and_quantized_model_is_shipped_and_read_again_also_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
