@@ -122,6 +122,32 @@ def test_digits_student_learns_beside_a_teacher(untimed: None) -> None:
     assert min(accuracies.values()) >= 0.5  # chance is 0.1
 
 
+def test_fashion_network_is_pruned_in_rounds_and_reloads(tmp_path: Path, untimed: None) -> None:
+    examples = {name: load_callable(f"fashion_prune.py:{name}", EXAMPLES) for name in ("main", "network", "rounds")}
+    splits = few_digits()
+    images, loss = torch.from_numpy(splits.train[0]), nn.CrossEntropyLoss()
+    task = pared.Task(
+        example_inputs=(images[:1],), calibration=[images[:100]], **splits._asdict(), loss=loss, metrics="accuracy"
+    )
+    accuracies = examples["main"](
+        task,
+        tmp_path,
+        widths=(8, 16),
+        epochs=8,
+        steps=examples["rounds"](0.7, 1, 2),
+        budget=pared.Budget(allow_larger=True, allow_slower=True),
+    )
+    report = pared.open_artifact(tmp_path / "small").report
+    assert accuracies.keys() == {"dense", "pruned", "int8 file"}
+    assert accuracies["int8 file"] == report.final.metrics["accuracy"]
+    assert accuracies["dense"] >= 0.3  # chance is 0.1
+    assert abs(accuracies["pruned"] - accuracies["int8 file"]) <= 0.1  # of 80 images
+    assert [stage.kept for stage in report.stages] == [True] * 4
+    assert report.final.macs <= 0.7 * report.stages[0].macs
+    first = pared.load(tmp_path / "small", model=examples["network"]((8, 16)))[2][0]
+    assert f"int8, {first.out_channels} of 16 channels" in {layer.became for layer in report.stages[-1].layers}
+
+
 @pytest.mark.slow
 # Keras copies tensors through numpy, by an interface that PyTorch has only in part.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
