@@ -144,6 +144,7 @@ def test_fashion_network_is_pruned_in_rounds_and_reloads(tmp_path: Path, untimed
     assert abs(accuracies["pruned"] - accuracies["int8 file"]) <= 0.1  # of 80 images
     assert [stage.kept for stage in report.stages] == [True] * 4
     assert report.final.macs <= 0.7 * report.stages[0].macs
+    assert report.stages[1].pruned.groups[0].curve[0] == (0.0, 0.0)
     first = pared.load(tmp_path / "small", model=examples["network"]((8, 16)))[2][0]
     assert f"int8, {first.out_channels} of 16 channels" in {layer.became for layer in report.stages[-1].layers}
 
