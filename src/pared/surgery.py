@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,16 +66,25 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], factories: Mapping[str,
     root = duplicate(model)
     # A factory may draw initial values; the caller's random numbers are not ours to use up.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for edit in edits:
-            if edit.kind == "replace":
-                root = replace(root, edit, factories)
-            elif edit.kind in KINDS:
-                KINDS[edit.kind](root, edit)
-            elif edit.kind == "quantize":
-                raise PlanError(unfit(edit, "quantizing makes an exported program; its own step applies it, last"))
-            else:
-                raise PlanError(unfit(edit, f"no such kind of edit; {nearest(edit.kind, [*KINDS, 'replace'])}"))
+        for kind, run in itertools.groupby(edits, key=lambda edit: edit.kind):
+            if kind == "slice":
+                slice_tensors(root, run)
+                continue
+            for edit in run:
+                root = one_edit(root, edit, factories)
     return root
+
+
+def one_edit(root: nn.Module, edit: Edit, factories: Mapping[str, Factory]) -> nn.Module:
+    """The root after an edit that is not a slice; another root where an edit replaces it."""
+    if edit.kind == "replace":
+        return replace(root, edit, factories)
+    if edit.kind in KINDS:
+        KINDS[edit.kind](root, edit)
+        return root
+    if edit.kind == "quantize":
+        raise PlanError(unfit(edit, "quantizing makes an exported program; its own step applies it, last"))
+    raise PlanError(unfit(edit, f"no such kind of edit; {nearest(edit.kind, [*KINDS, 'replace', 'slice'])}"))
 
 
 def duplicate(model: nn.Module) -> nn.Module:
@@ -89,10 +98,31 @@ def duplicate(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def slice_tensor(root: nn.Module, edit: Edit) -> None:
-    """Keep some indices of one dimension of a tensor, everywhere it is held."""
-    name, dim, keep = details(edit, tensor=str, dim=int, keep=(list, tuple))
-    old = tensor(root, edit, name)
+def slice_tensors(root: nn.Module, edits: Iterable[Edit]) -> None:
+    """Keep some indices of some dimensions of tensors, everywhere they are held."""
+    new: dict[int, Tensor] = {}
+    fewer: dict[int, Tensor] = {}  # those of which a part of dimension 0 goes, as they were
+    for edit in edits:
+        name, dim, keep = details(edit, tensor=str, dim=int, keep=(list, tuple))
+        old = tensor(root, edit, name)
+        new[id(old)] = kept_part(new.get(id(old), old), edit, name, dim, keep)
+        if dim == 0:
+            fewer[id(old)] = old
+    # Depthwise is told by the old weight; and all modules are walked once, not once an edit.
+    depthwises = [
+        module
+        for module in root.modules()
+        if isinstance(module, _ConvNd) and id(module.weight) in fewer and depthwise(module, module.weight)
+    ]
+    holders = swap(root, new)
+    for convolution in depthwises:
+        convolution.groups = convolution.weight.shape[0]
+    for module in holders:
+        settle(module)
+
+
+def kept_part(old: Tensor, edit: Edit, name: str, dim: int, keep: Sequence[int]) -> Tensor:
+    """Some indices of one dimension of a tensor. Raises: PlanError, ModelError."""
     if not 0 <= dim < old.ndim:
         raise ModelError(unfit(edit, f"{name} has shape {tuple(old.shape)}, so no dimension {dim}"))
     width = old.shape[dim]
@@ -103,11 +133,7 @@ def slice_tensor(root: nn.Module, edit: Edit) -> None:
         raise ModelError(
             unfit(edit, f"{name} has {width} indices along dimension {dim}, the edit keeps {keep[-1]}; {OTHER_MODEL}")
         )
-    new = old.index_select(dim, torch.tensor(keep, device=old.device))
-    for module in swap(root, {id(old): like(old, new)}):
-        if isinstance(module, _ConvNd) and depthwise(module, old):
-            module.groups = len(keep) if dim == 0 else module.groups
-        settle(module)
+    return like(old, old.index_select(dim, torch.tensor(keep, device=old.device)))
 
 
 def set_attribute(root: nn.Module, edit: Edit) -> None:
@@ -154,7 +180,6 @@ def mask(root: nn.Module, edit: Edit) -> None:
 
 
 KINDS: Mapping[str, Callable[[nn.Module, Edit], None]] = {
-    "slice": slice_tensor,
     "set_attribute": set_attribute,
     "cast": cast,
     "mask": mask,
@@ -191,7 +216,8 @@ def swap(root: nn.Module, new: Mapping[int, Tensor]) -> list[nn.Module]:
     """Put new tensors in the place of old ones, found by `id`, in every module. Returns: the modules that held one."""
     holders = []
     for module in root.modules():
-        found = {name: new[id(value)] for name, value in tensors(module).items() if id(value) in new}
+        held = {**module._parameters, **module._buffers}
+        found = {name: new[id(value)] for name, value in held.items() if id(value) in new}
         for name, value in found.items():
             # Through setattr, since recurrent modules keep a list of their weights in step there.
             setattr(module, name, value)
