@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pared.errors import CaptureError
-from pared.graph.capture import capture, evaluating, operator, owner
+from pared.graph.capture import capture, evaluating, has_mutation, operator, owner
 from pared.task import Inputs, Task, call
 from zoo_models import ZOO
 
@@ -215,3 +215,66 @@ def test_capture_fixes_the_batch_when_its_limit_is_one() -> None:
     assert list(program.graph.nodes)[-2].meta["val"].shape == (1, 2)
     limited = capture(nn.Linear(4, 2), task, limits={"batch": 8})
     assert [bound.upper for bound in limited.range_constraints.values()] == [8]
+
+
+class WritesInPlace(nn.Module):
+    """Writes into a tensor that something else also leads to, or not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.conv, self.norm = kind, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        x = self.norm(self.conv(x))
+        if self.kind == "view before":
+            view = x.flatten(1)
+            x.relu_()
+            return view + 1
+        if self.kind == "part":
+            x[:, 0].mul_(2)
+            return x * 3
+        if self.kind == "output":
+            y = x.sigmoid_()
+            return x, y * 2
+        y = x * 2
+        x.relu_().add_(y).clamp_(max=3.0)
+        return x - y
+
+
+@pytest.mark.parametrize("kind", ["alone", "view before", "part", "output"])
+def test_capture_computes_the_same_when_operators_work_in_place(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = WritesInPlace(kind).eval(), torch.randn(2, 3, 6, 6)
+    program = capture(model, Task(example_inputs=(x,)))
+    assert not has_mutation(program)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=1e-5)  # its convolution is another kernel's
+    # Only where memory has other names is the whole program decomposed.
+    assert ("aten.batch_norm" in map(operator, program.graph.nodes)) == (kind in ("alone", "output"))
+
+
+class Remembers(nn.Module):
+    """Computes a table once and keeps it, in eval mode, as attention biases are often kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.kept = nn.Parameter(torch.randn(4)), {}
+
+    def train(self, mode: bool = True) -> Remembers:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.kept:
+            self.kept["table"] = self.weight.detach() * 2
+        return x + self.kept["table"]
+
+
+def test_capture_reads_what_a_model_computes_ahead_and_leaves_the_models_own_table() -> None:
+    model, x = Remembers().eval(), torch.randn(2, 4)
+    expected, table = model(x), model.kept["table"]
+    program = capture(model, Task(example_inputs=(x,)))
+    assert "aten.mul" in map(operator, program.graph.nodes)
+    assert model.kept["table"] is table
+    assert torch.equal(program.module()(x), expected)

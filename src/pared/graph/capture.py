@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 import traceback
@@ -22,6 +23,13 @@ from pared.task import Inputs, Task
 # Folders whose source is not the caller's.
 OURS = tuple(Path(file).parent for file in (torch.__file__, errors.__file__) if file)
 STANDARD_LIBRARY = Path(contextlib.__file__).parent
+# Operators that always make new tensors, beside those that work on every element alone.
+NEW_TENSORS = (
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm mm bmm matmul batch_norm "
+    "layer_norm group_norm instance_norm cat stack hardswish relu6 mish max_pool1d max_pool2d max_pool3d avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d mean sum softmax"
+)
+FRESH = frozenset(NEW_TENSORS.split())
 DROPOUTS = ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout")
 
 
@@ -39,17 +47,21 @@ def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = 
     """
     limits = limits or {}
     inputs = task.example_inputs.part(0, 1) if limits.get("batch") == 1 else doubled(task.example_inputs)
+    model = shadow(model)
     with evaluating(model), torch.no_grad(), quiet():
         with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
             shapes = dynamic_shapes(model, inputs, task, limits)
+        forgetful(model)
         with Explained(
             "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
         ):
             program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
             # In-place operators would make a rewritten graph read values that have changed since.
+            write_anew(program)
             if not has_mutation(program):
                 return program
+            # What writes into views, or into inputs; this takes several times as long as the export.
             mark_dropouts(program)
             functional: ExportedProgram = program.run_decompositions({})
             return functional
@@ -73,10 +85,83 @@ class Explained:
             raise CaptureError(self.message.format(where(error))) from error
 
 
+def shadow(model: nn.Module) -> nn.Module:
+    """A copy that holds the very same tensors, so that what a forward notes on its modules stays there with them.
+
+    The model itself where it cannot be copied.
+    """
+    memo: dict[int, Any] = {id(value): value for value in [*model.parameters(), *model.buffers()]}
+    try:
+        return model if isinstance(model, fx.GraphModule) else copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError):
+        return model
+
+
+def forgetful(model: nn.Module) -> nn.Module:
+    """The same model without what its modules computed ahead for eval mode, as LeViT's attention keeps its biases.
+
+    Modules that do so compute it anew after they were in training mode; each one's own flag comes back.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    if not isinstance(model, fx.GraphModule):
+        model.train()
+        model.eval()
+    for module, training in flags:
+        module.training = training
+    return model
+
+
 def has_mutation(program: ExportedProgram) -> bool:
     """True where some operator of the graph writes into its argument."""
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+
+
+def write_anew(program: ExportedProgram) -> None:
+    """Let in-place operators write into new tensors, where no other name leads to the memory that they wrote into."""
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    for node in program.graph.nodes:
+        new = written_anew(node)
+        if new is None:
+            continue
+        old = node.args[0]
+        later = [user for user in old.users if order[user] > order[node]]
+        earlier = [user for user in old.users if order[user] < order[node]]
+        if is_fresh(old) and all(map(is_fresh, earlier)) and all(user.op != "output" for user in later):
+            node.target = new
+            for user in later:
+                user.replace_input_with(old, node)
+    program.graph_module.recompile()
+
+
+def written_anew(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that gives what an in-place one leaves in its first argument; None for any other node."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    name, tensors = target._schema.name.split("::")[1], [arg.meta["val"] for arg in node.all_input_nodes]
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    new = getattr(packet, target._overloadname, None) if name.endswith("_") else None
+    if target.namespace != "aten" or new is None or torch.Tag.nondeterministic_seeded in new.tags:
+        return None
+    if [argument.name for argument in new._schema.arguments] != [
+        argument.name for argument in target._schema.arguments
+    ]:
+        return None
+    # A new tensor might get another dtype than the one that was written into.
+    kept = all(value.dtype == tensors[0].dtype or not value.is_floating_point() for value in tensors)
+    alone = len(new._schema.returns) == 1 and new._schema.returns[0].alias_info is None
+    return new if alone and kept and tensors[0].is_floating_point() else None
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """True for an operator whose result is known to lie in memory of its own."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    if any(result.alias_info is not None for result in target._schema.returns) or len(target._schema.returns) != 1:
+        return False
+    return torch.Tag.pointwise in target.tags or operator(node).removeprefix("aten.") in FRESH
 
 
 def mark_dropouts(program: ExportedProgram) -> None:

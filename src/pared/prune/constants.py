@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pared.errors import PruneError
-from pared.graph.capture import doubled, operator, owner
+from pared.graph.capture import doubled, forgetful, operator, owner
 from pared.graph.channels import Channels
 from pared.graph.units import Modules
-from pared.prune.exact import GROUP_NORMS, MAKERS, MEANS, NORMS, SCALES, SUMS, Masked, forgetful
+from pared.prune.exact import GROUP_NORMS, MAKERS, MEANS, NORMS, SCALES, SUMS, Masked
 from pared.surgery import duplicate
 from pared.task import Task
 

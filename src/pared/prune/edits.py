@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from pared.errors import CaptureError
-from pared.graph.capture import doubled, owner
+from pared.graph.capture import doubled, forgetful, owner
 from pared.graph.channels import Channels, Group
 from pared.graph.units import Modules
 from pared.prune.attributes import Read, Rehearsal, reads_of, whose
-from pared.prune.exact import Difference, difference, forgetful
+from pared.prune.exact import Difference, difference
 from pared.step import Edit
 from pared.surgery import apply_edits, duplicate
 from pared.task import Task

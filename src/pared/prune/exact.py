@@ -18,7 +18,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from pared.graph.capture import doubled, evaluating, operator
+from pared.graph.capture import doubled, evaluating, forgetful, operator
 from pared.graph.channels import Channels
 from pared.prune.attributes import changed
 from pared.surgery import duplicate
@@ -142,20 +142,6 @@ def outputs_of(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Ten
     with evaluating(copied), torch.no_grad(), Uniform(dtype):
         result = copied(*given.args, **given.kwargs)
     return [value for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
-
-
-def forgetful(model: nn.Module) -> nn.Module:
-    """The same model without what its modules computed ahead for eval mode, as LeViT's attention keeps its biases.
-
-    Modules that do so compute it anew after they were in training mode; each one's own flag comes back.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    if not isinstance(model, fx.GraphModule):
-        model.train()
-        model.eval()
-    for module, training in flags:
-        module.training = training
-    return model
 
 
 def as_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
