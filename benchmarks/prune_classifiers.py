@@ -296,13 +296,17 @@ def open_rows(name: str, options: argparse.Namespace, scratch: str) -> Results:
     results = Results(name, folder=Path(scratch) if options.quick else RESULTS)
     if results.path.exists() and not options.fresh:
         results.rows = json.loads(results.path.read_text(encoding="utf8"))["rows"]
+    for file in options.join:
+        for row in json.loads(file.read_text(encoding="utf8"))["rows"]:
+            if results.done(**{name: row[name] for name in ("module", "model", "tool") if name in row}) is None:
+                results.rows.append(row)
     results.environment["rivals"] = {package: version_of(package) for package in ("torch-pruning", "onnxruntime")}
     return results
 
 
 def fill(results: Results, family: str, names: list[str], options: argparse.Namespace) -> None:
     """The rows that are missing, of the models and the tools that were asked for."""
-    chosen = options.only or names
+    chosen = names if options.only is None else options.only
     for tool in [options.tool] if options.tool else list(TOOLS):
         for name in names:
             if name in chosen and (options.again or results.done(model=name, tool=tool) is None):
@@ -318,7 +322,7 @@ def run(options: argparse.Namespace) -> None:
     names = sorted(options.names.read_text(encoding="utf8").split(), key=parameters)
     with tempfile.TemporaryDirectory() as scratch:
         results = open_rows("prune_classifiers", options, scratch)
-        options.only = options.only or (QUICK if options.quick else None)
+        options.only = QUICK if options.quick and options.only is None else options.only
         fill(results, "torchvision", names, options)
         claim(results, names)
 
@@ -327,7 +331,8 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
     """What both coverage tables take."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", choices=TOOLS, help="this one alone; both by default, pared first")
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models alone")
+    parser.add_argument("--only", nargs="*", metavar="MODEL", help="these models alone; none: only the claims")
+    parser.add_argument("--join", nargs="+", type=Path, default=[], help="rows of other runs, where they are missing")
     parser.add_argument("--again", action="store_true", help="repeat rows that are there already")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--quick", action="store_true", help="a handful of small models, no JSON")
