@@ -325,15 +325,12 @@ def test_latency_is_met_within_five_percent_in_ten_measurements(seed, wanted):
     assert fit.met == (abs(fit.latency / wanted - 1) <= 0.05)
 
 
-def test_latency_is_not_measured_again_for_a_choice_or_after_a_restart():
+def test_latency_is_not_measured_again_for_a_choice():
     clock = Clock(3, 16)
     first = fit_latency(clock, 0.515, along(16), start=1.0, tolerance=0.0)
     keeps = [tuple(along(16)(ratio).tolist()) for ratio, _ in first.journal]
     assert len(set(keeps)) == len(keeps)
-    calls = clock.calls
-    again = fit_latency(clock, 0.515, along(16), start=1.0, tolerance=0.0, known=first.journal)
-    assert again == first
-    assert clock.calls == calls
+    assert clock.calls == len(keeps)
 
 
 def test_latency_that_cannot_be_reached_gives_the_fastest():

@@ -261,6 +261,19 @@ def test_a_layer_keeps_one_channel_and_says_so_when_all_were_to_go() -> None:
     assert plan.facts["warnings"][0] == ("0: one of its 8 units stays, though all were to go: a layer needs one")
 
 
+def test_a_prune_says_what_it_removes_inexactly() -> None:
+    model, task = model_and_task("residual_add")
+    (warning,) = HALF.plan(model, context(model, task)).facts["warnings"]
+    assert warning.startswith(
+        "biases and shifts of removed channels count as zero where no bias could take them in, before body.0.0, "
+        "body.1, next.0; the first: it pads, so that constants of removed channels end before its border (up to 0."
+    )
+    model, task = model_and_task("attention_fused_qkv")
+    assert HALF.plan(model, context(model, task)).facts["warnings"] == [
+        "embed: removed up to this: the mean of a layer norm of norm1 runs over fewer channels"
+    ]
+
+
 def test_example_inputs_that_do_not_run_are_told_as_such() -> None:
     with pytest.raises(CaptureError, match=r"the model does not run on the example inputs: .* to have 3 channels, but"):
         channels(small(), Task(example_inputs=torch.zeros(1, 4, 8, 8)), ratio=0.5)

@@ -49,13 +49,16 @@ def print_plans(plans: Sequence[Plan]) -> None:
     """For each step, every layer that would change and every one that would not, with the reason."""
     for number, plan in enumerate(plans, 1):
         estimate = ", as far as can be told without running the steps before" if plan.estimate else ""
-        counted = f"{len(plan.changed)} layers would change, {len(plan.skips)} would not{estimate}"
+        whole = [skip for skip in plan.skips if skip.module not in plan.changed]
+        counted = f"{len(plan.changed)} layers would change, {len(whole)} would not{estimate}"
         kinds: dict[str, dict[str, None]] = {}
         for edit in plan.edits:
             kinds.setdefault(edit.module, {})[edit.kind] = None
         widths = plan.facts.get("widths", {})
         rows = [(module, ", ".join(what(kind, widths.get(module)) for kind in made)) for module, made in kinds.items()]
-        rows += [(skip.module, f"stays: {skip.reason}") for skip in plan.skips]
+        # A layer that reads fewer channels may itself make as many as before.
+        stay = {True: "its own channels stay", False: "stays"}
+        rows += [(skip.module, f"{stay[skip.module in kinds]}: {skip.reason}") for skip in plan.skips]
         say(f"{number} {plan.step}: {counted}")
         say(table(rows, layer="left", what="left") if rows else "  it changes weights only, or nothing")
         notes = [note for part in plan.facts.get("during", ()) for note in part["facts"].get("notes", ())]

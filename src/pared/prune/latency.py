@@ -36,7 +36,6 @@ def fit_latency(
     start: float,
     tries: int = 10,
     tolerance: float = 0.05,
-    known: Sequence[tuple[float, float]] = (),
 ) -> Fit:
     """The ratio at which a measured latency is what is wanted, found in a few measurements.
 
@@ -51,7 +50,6 @@ def fit_latency(
         start: Latency of the model as it is.
         tries: Most measurements.
         tolerance: Largest relative distance at which the search ends.
-        known: Measurements of an earlier call, in its order: they are not made again.
 
     Returns:
         The measured choice nearest to `wanted` of those within the tolerance, else the slowest one below it, else the
@@ -59,7 +57,6 @@ def fit_latency(
     """
     journal: list[tuple[float, float]] = []
     seen: dict[bytes, float] = {}
-    earlier = dict(known)
     low, high = (0.0, start), (1.0, 0.0)  # slower and faster than wanted; nothing at all takes no time
     turn = 0
     while len(journal) < tries and high[0] - low[0] > 1e-4:
@@ -73,7 +70,7 @@ def fit_latency(
         keep = path(ratio)
         key = keep.numpy().tobytes()
         if key not in seen:
-            seen[key] = earlier[ratio] if ratio in earlier else measure(keep)
+            seen[key] = measure(keep)
             journal.append((ratio, seen[key]))
         latency = seen[key]
         if abs(latency / wanted - 1) <= tolerance:

@@ -240,11 +240,11 @@ def warnings_of(channels: Channels, changed: Sequence[Group], left: Mapping[str,
     if vague:
         first = next(iter(vague.values()))
         found.append(f"{shown(list(vague))}: removed up to this: {first}")
-    if left:
-        why = next(iter(left.values()))
+    lost = {name or "the model itself": why for name, why in left.items() if "up to" in why}  # those of a known size
+    if lost:
         found.append(
-            "biases and shifts of removed channels count as zero where no bias could take them in: "
-            f"{shown([name or 'the model itself' for name in left])}; the first: {why}"
+            "biases and shifts of removed channels count as zero where no bias could take them in, "
+            f"before {shown(list(lost))}; the first: {next(iter(lost.values()))}"
         )
     return found
 
