@@ -1,6 +1,6 @@
 """A network for clothes that is pruned to a third of its work in rounds, taught by what it was, then made int8.
 
-    python examples/fashion_prune.py [FOLDER]   # about ten minutes on two cores; what ships is in FOLDER/small
+    python examples/fashion_prune.py [FOLDER]   # some minutes on two cores; what ships is in FOLDER/small
 
 The images are the 12,000 of Fashion-MNIST that pared carries.
 """
