@@ -310,6 +310,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, in
         image,
         {"embed": 6, "mix": 8, "merge": 10},
     ),
+    "unfold and fold": (
+        lambda: Does(
+            lambda m, x: m.head(F.fold(F.unfold(m.stem(x), 3, padding=1) * 2, x.shape[2:], 3, padding=1)),
+            stem=conv_norm(3, 6),
+            head=nn.Sequential(nn.ReLU(), head(6)),
+        ),
+        image,
+        {"stem.0": 6},
+    ),
     "shortcut that pads channels": (
         lambda: Does(
             lambda m, x: m.head(m.wide(m.stem(x)) + F.pad(m.stem(x), (0, 0, 0, 0, 2, 2))),

@@ -189,6 +189,14 @@ def unfolded(reading: Reading, node: fx.Node) -> Labels:
     return {1: np.repeat(labels[1], kernel)} if 1 in labels else {}
 
 
+def folded(reading: Reading, node: fx.Node) -> Labels:
+    """col2im, the inverse: overlapping windows are added up, (n, c * kernel, positions) becomes (n, c, h, w)."""
+    labels = reading.labels(node.args[0])
+    reading.pin(labels.get(2), "it is a position, not a channel")
+    kernel = math.prod(argument(node, 2, "kernel_size"))
+    return {1: reading.tie_along(labels[1].reshape(-1, kernel), 1)} if 1 in labels else {}
+
+
 RESHAPES = (
     "aten.view",
     "aten.reshape",
@@ -224,4 +232,5 @@ RULES: Mapping[str, Rule] = {
     "aten.tile": repeat,
     "aten.repeat_interleave": repeat_interleave,
     "aten.im2col": unfolded,
+    "aten.col2im": folded,
 }
