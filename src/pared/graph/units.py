@@ -17,6 +17,7 @@ from pared.graph.reading import STAYS, Atoms, Reading
 from pared.step import Skip
 
 LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
+UNREAD = "no forward reads it"  # as of auxiliary heads, which run in training alone
 NONE = np.iinfo(np.int64).max
 
 
@@ -237,7 +238,7 @@ def skips_of(reading: Reading, found: Found, roles: Sequence[Role], modules: Mod
             used = any(tensor in read for tensor in own)
             single = 1 in (getattr(module, key, 0) for key in ("out_channels", "out_features", "embedding_dim"))
             left = "it makes one channel" if single else "its weight is not used as it is"
-            reasons[name] = left if used else "no forward reads it"
+            reasons[name] = left if used else UNREAD
     return tuple(Skip(name, reasons[name]) for name in modules.named if name in reasons and name not in pruned)
 
 
