@@ -141,7 +141,7 @@ class Chooser:
         """The units that stay, and what was measured for it.
 
         Raises:
-            PlanError: The budget cannot be met, or is met already.
+            PlanError: The budget cannot be met.
         """
         if self.step.latency is not None:
             return self.by_latency()
@@ -191,7 +191,11 @@ class Chooser:
         base = cost(self.everything)
         allowed = (share or 0.0) * getattr(self.dense, name) / base
         if allowed >= 1:
-            raise PlanError(f"PruneChannels: {name}={share:g} of the dense model is met already; ask for less")
+            # Rounding took more than an earlier round asked for, so that this one has nothing left to do.
+            whole = {group.name: group.size for group in self.channels.groups}
+            return Choice(
+                keep=self.everything, sizes=whole, notes=(f"{name}={share:g} of the dense model is met already",)
+            )
         return meet(self.channels, scores, cost, allowed, rules, name)
 
     def left(self, ratio: float) -> float | dict[str, float]:

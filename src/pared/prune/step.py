@@ -16,7 +16,7 @@ from pared.graph.capture import capture
 from pared.graph.channels import Channels, Group
 from pared.graph.labels import find_channels
 from pared.prune.budgets import Choice, candidates, shown
-from pared.prune.choosing import ROUND_TO, Chooser
+from pared.prune.choosing import ROUND_TO, Chooser, Dense
 from pared.prune.constants import constants_of, fold
 from pared.prune.edits import Fitted, edits_of
 from pared.prune.exact import difference
@@ -130,7 +130,7 @@ class PruneChannels:
             chooser = Chooser(step, model, channels, groups, ctx)
             choice, measured = chooser.choice()
             unmoved = chooser.unmoved(choice)
-            if bool(choice.keep.all()):
+            if bool(choice.keep.all()) and Dense.of(ctx.history) is None:
                 raise nothing_to_prune((*unmoved, *skips, *channels.skips))
             fitted = edits_of(model, channels, choice.keep, ctx.task)
             if not fitted.pins:
