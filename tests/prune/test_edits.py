@@ -154,3 +154,38 @@ def test_transformer_of_another_library_loses_heads_and_width(kind: str, attenti
     pruned = apply_edits(model, fitted.edits, {})
     kept, all_of_it = (sum(p.numel() for p in m.parameters()) for m in (pruned, model))
     assert kept < 0.4 * all_of_it
+
+
+class Biased(nn.Module):
+    """A table of one bias a head, which the attention asks for by a method: this module itself never runs."""
+
+    def __init__(self, heads: int, length: int) -> None:
+        super().__init__()
+        self.table, self.shape = nn.Parameter(torch.randn(length * length, heads)), (length, length, heads)
+
+    def bias(self) -> torch.Tensor:
+        return self.table[torch.arange(len(self.table))].view(self.shape).permute(2, 0, 1)
+
+
+class Asks(nn.Module):
+    """Attention of four heads with biases from a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(6, 48), nn.Linear(16, 3)
+        self.biases = Biased(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) + self.biases.bias()).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_edits_set_the_numbers_of_a_module_whose_methods_another_one_calls() -> None:
+    torch.manual_seed(0)
+    model, task = Asks(), Task(example_inputs=(torch.randn(2, 5, 6),))
+    channels = channels_of(model, task)
+    fitted = edits_of(model, channels, half(channels), task)
+    assert not fitted.pins
+    pruned = apply_edits(model, fitted.edits, {})
+    assert (pruned.heads, pruned.biases.shape) == (2, (5, 5, 2))

@@ -209,7 +209,12 @@ class Sites:
         self.starts = torch.tensor([group.start for group in channels.groups])
 
     def moves(self, module: str, keep: Tensor) -> dict[int, set[int]]:
-        """{size: what it becomes} of all dimensions that a module's own operators see."""
+        """{size: what it becomes} of all dimensions that a module's own operators see.
+
+        A module without any, whose methods others call instead of itself, sees what the one that holds it sees.
+        """
+        while module not in self.nodes and module:
+            module = module.rpartition(".")[0]
         kept = torch.cat([keep, torch.ones(1, dtype=torch.bool)])
         found: dict[int, set[int]] = {}
         for node in self.nodes.get(module, []):
