@@ -352,3 +352,9 @@ def test_one_call_leaves_the_model_and_the_callers_random_state_alone() -> None:
     smaller(torch.zeros(2, 3, 8, 8)).sum().backward()
     assert smaller[0].weight.grad is not None
     assert model[0].weight.grad is None
+
+
+def test_layers_that_only_run_in_training_are_warned_of() -> None:
+    model, task = model_and_task("branch_on_shape")
+    warnings = HALF.plan(model, context(model, task)).facts["warnings"]
+    assert any(text.startswith("large.0: no forward reads them in eval mode") for text in warnings)

@@ -15,6 +15,7 @@ from pared.errors import PlanError, PruneError, SettingError
 from pared.graph.capture import capture
 from pared.graph.channels import Channels, Group
 from pared.graph.labels import find_channels
+from pared.graph.units import UNREAD
 from pared.prune.budgets import Choice, candidates, shown
 from pared.prune.choosing import ROUND_TO, Chooser, Dense
 from pared.prune.constants import constants_of, fold
@@ -245,6 +246,12 @@ def warnings_of(channels: Channels, changed: Sequence[Group], left: Mapping[str,
         found.append(
             "biases and shifts of removed channels count as zero where no bias could take them in, "
             f"before {shown(list(lost))}; the first: {next(iter(lost.values()))}"
+        )
+    unread = [skip.module for skip in channels.skips if skip.reason == UNREAD]
+    if unread and changed:
+        found.append(
+            f"{shown(unread)}: no forward reads them in eval mode, so that they keep their shapes and may no longer "
+            "fit what they read in training; drop auxiliary heads before training on"
         )
     return found
 
