@@ -358,3 +358,15 @@ def test_layers_that_only_run_in_training_are_warned_of() -> None:
     model, task = model_and_task("branch_on_shape")
     warnings = HALF.plan(model, context(model, task)).facts["warnings"]
     assert any(text.startswith("large.0: no forward reads them in eval mode") for text in warnings)
+
+
+def test_limits_are_of_the_dense_model_when_rounds_repeat() -> None:
+    model, task = model_and_task("conv_bn_relu")
+    step = PruneChannels(ratio=0.5, widths=Widths(round_to=1, limits={"0.0": (0.75, 0.75)}))
+    ctx = context(model, task)
+    plan = step.plan(model, ctx)
+    smaller = step.apply(model, plan, ctx)
+    again = step.plan(smaller, dataclasses.replace(ctx, history=(plan,)))
+    kept, before = plan.facts["widths"]["0.0"]
+    assert (kept, before) == (6, 8)
+    assert again.facts["widths"]["0.0"] == [6, 6]  # three quarters of what there was at first, not of that again

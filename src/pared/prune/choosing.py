@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pared.errors import PlanError
 from pared.graph.channels import Channels, Group
-from pared.prune.budgets import Choice, Rules, choose, meet
+from pared.prune.budgets import Choice, Rules, check_limits, choose, meet
 from pared.prune.costs import Work, params_of
 from pared.prune.curves import curves, path_along
 from pared.prune.edits import edits_of
@@ -21,7 +21,7 @@ from pared.prune.latency import fit_latency
 from pared.prune.ratios import Equal, Global, Sensitivity
 from pared.prune.saliency import score
 from pared.prune.timing import Clock, Journal, digest
-from pared.prune.widths import bounds, equal_to
+from pared.prune.widths import bounds, equal_to, matches, producers
 from pared.step import Context, Plan, Skip
 from pared.surgery import apply_edits
 from pared.train.checkpoint import fingerprint
@@ -127,13 +127,29 @@ class Chooser:
         """Latencies that this step has measured on this model."""
         return Journal(self.ctx.work / f"latency-{digest(self.key)}.json")
 
+    @functools.cached_property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Least and most of each layer as fractions of the model as it is: the settings' are of the dense one."""
+        found = self.step.widths.limits
+        if Dense.of(self.ctx.history) is None:
+            return found
+        check_limits(self.channels, found)
+        scaled = {}
+        for group in self.channels.groups:
+            own = [pair for pattern, pair in found.items() if matches(group, pattern)]
+            grown = self.dense.sizes.get(group.name, group.size) / group.size
+            if own:
+                least, most = max(pair[0] for pair in own), min(pair[1] for pair in own)
+                scaled[producers(group)[0]] = (min(1.0, least * grown), min(1.0, most * grown))
+        return scaled
+
     def rules(self, round_to: int) -> Rules:
         """How sizes are settled."""
         return Rules(
             scope="global" if isinstance(self.step.ratios, Global) else "local",
             normalize=self.step.ratios.normalize if isinstance(self.step.ratios, Global) else "none",
             round_to=round_to,
-            limits=self.step.widths.limits,
+            limits=self.limits,
             path=path_along(self.curves) if self.curves else None,
         )
 
@@ -169,7 +185,7 @@ class Chooser:
         tied = [name for name in equal_to(group.name, self.channels) if name not in allowed]
         if group.size == 1:
             return "it has one channel"
-        if bounds(group, step.widths.limits)[0] == group.size:
+        if bounds(group, self.limits)[0] == group.size:
             return "limits keep all its channels"
         if tied:
             return f"as much of it must stay as of {tied[0]}, which may not be pruned"
@@ -214,8 +230,14 @@ class Chooser:
         round_to = self.step.widths.round_to
         rules = self.rules(ROUND_TO if round_to == "measured" else round_to)
 
-        def path(ratio: float) -> Tensor:
-            return choose(self.channels, self.scored[0], ratio, rules).keep
+        # Along work, not along a ratio: there one group after another gives way, and latency falls in small steps.
+        least = self.work(choose(self.channels, self.scored[0], 1.0, rules).keep) / self.work(self.everything)
+
+        def at(part: float) -> Choice:
+            return meet(self.channels, self.scored[0], self.work, least + (1 - least) * (1 - part), rules, "macs")
+
+        def path(part: float) -> Tensor:
+            return at(part).keep
 
         def measure(keep: Tensor) -> float:
             self.ctx.progress("prune", len(journal.known), TRIES, "time a candidate")
@@ -230,7 +252,11 @@ class Chooser:
                 "of the dense model's time; ask for less, or let more layers be pruned"
             )
         measured = [{"ratio": ratio, "latency": latency} for ratio, latency in fit.journal]
-        return choose(self.channels, self.scored[0], fit.ratio, rules), {"measured": measured}
+        choice = at(fit.ratio)
+        if not fit.met:
+            text = f"latency={wanted:g} was not met within {TOLERANCE:.0%}: the nearest below takes {fit.latency:.3f}"
+            choice = dataclasses.replace(choice, notes=(*choice.notes, f"{text} of the dense model's time"))
+        return choice, {"measured": measured}
 
     def pruned(self, keep: Tensor) -> nn.Module:
         """The model without the other units, for timing."""
