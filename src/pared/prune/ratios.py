@@ -61,7 +61,9 @@ class Widths:
     ] = 8
     limits: Annotated[
         dict[str, tuple[float, float]],
-        pydantic.Field(description="By pattern of layers, the least and the most that stays, as fractions of the dense model."),
+        pydantic.Field(
+            description="By pattern of layers, the least and the most that stays, as fractions of the dense model."
+        ),
     ] = dataclasses.field(default_factory=dict)
     attention: Annotated[
         Literal["heads", "head_dim"],
