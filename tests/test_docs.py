@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,9 @@ def test_page_examples_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # Pages put "." on the path; what an earlier page found there lay in another folder.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.path_importer_cache.pop(".", None)
     # Examples are run to see that they are true, not for their figures.
     monkeypatch.setattr(latency, "SITTINGS", 2)
     monkeypatch.setattr(latency, "SECONDS_PER_FILE", 0.3)

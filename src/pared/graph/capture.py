@@ -47,12 +47,13 @@ def capture(model: nn.Module, task: Task, *, limits: Mapping[str, int] | None = 
     """
     limits = limits or {}
     inputs = task.example_inputs.part(0, 1) if limits.get("batch") == 1 else doubled(task.example_inputs)
-    model = shadow(model)
+    own, model = model, shadow(model)
     with evaluating(model), torch.no_grad(), quiet():
         with Explained("the model does not run on the example inputs: {}; fix the inputs or the model"):
             model(*inputs.args, **inputs.kwargs)
             shapes = dynamic_shapes(model, inputs, task, limits)
-        forgetful(model)
+        if model is not own:  # the caller's own modules keep what they have noted
+            forgetful(model)
         with Explained(
             "the model cannot be exported: {}; rewrite that line so that it does not depend on tensors' values"
         ):
@@ -88,13 +89,20 @@ class Explained:
 def shadow(model: nn.Module) -> nn.Module:
     """A copy that holds the very same tensors, so that what a forward notes on its modules stays there with them.
 
-    The model itself where it cannot be copied.
+    The model itself where it cannot be copied, or copies itself in a way of its own, as Keras' models do.
     """
     memo: dict[int, Any] = {id(value): value for value in [*model.parameters(), *model.buffers()]}
     try:
-        return model if isinstance(model, fx.GraphModule) else copy.deepcopy(model, memo)
+        copied = model if isinstance(model, fx.GraphModule) else copy.deepcopy(model, memo)
     except (RuntimeError, TypeError):
         return model
+    return copied if held_by(copied) == held_by(model) else model
+
+
+def held_by(model: nn.Module) -> dict[str, int]:
+    """Which tensor each name of a model stands for."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: id(value) for name, value in named}
 
 
 def forgetful(model: nn.Module) -> nn.Module:
