@@ -234,7 +234,8 @@ class Chooser:
         least = self.work(choose(self.channels, self.scored[0], 1.0, rules).keep) / self.work(self.everything)
 
         def at(part: float) -> Choice:
-            return meet(self.channels, self.scored[0], self.work, least + (1 - least) * (1 - part), rules, "macs")
+            share = least + (1 - least) * (1 - part) + 1e-9  # the least itself is met, rounded or not
+            return meet(self.channels, self.scored[0], self.work, share, rules, "macs")
 
         def path(part: float) -> Tensor:
             return at(part).keep
