@@ -252,6 +252,36 @@ def test_capture_computes_the_same_when_operators_work_in_place(kind: str) -> No
     assert ("aten.batch_norm" in map(operator, program.graph.nodes)) == (kind in ("alone", "output"))
 
 
+DROPPED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "result written": lambda s, h: (F.dropout(h, 0.3, s.training).add_(1), h * 2),
+    "input written": lambda s, h: (y := F.dropout(h, 0.3, s.training), h.add_(1), y * 2),
+    "views": lambda s, h: (v := h[:, 1:], F.dropout1d(h[:, :2], 0.3, s.training).mul_(3), v + 1, h * 2),
+    "part written": lambda s, h: (y := s.drop(h), y[:, :1].add_(1), h + y),
+    "given out": lambda s, h: (y := s.drop(h), h.add_(1), y)[2],
+    "nothing dropped": lambda s, h: (F.dropout(h, 0.0).add_(1), h * 2),
+    "in place": lambda s, h: (F.dropout(h, 0.3, s.training, inplace=True).add_(1), h * 2),
+    "twice": lambda s, h: (F.alpha_dropout(s.drop(h), 0.3, s.training).add_(1), h * 2),
+}
+
+
+@pytest.mark.parametrize("kind", DROPPED)
+def test_capture_computes_the_same_when_something_is_written_behind_a_dropout(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Forward(lambda s, x: DROPPED[kind](s, s.layer(x))), torch.randn(2, 4)
+    model.drop = nn.Dropout(0.3)
+    program = capture(model.eval(), Task(example_inputs=(x,)))
+    assert not has_mutation(program)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_capture_keeps_what_a_dropout_was_when_nobody_reads_its_input_again() -> None:
+    model = Forward(lambda s, x: F.dropout(s.layer(x), 0.3, s.training).add_(1) * 2).eval()
+    program = capture(model, Task(example_inputs=torch.randn(2, 4)))
+    assert [node.meta["custom"]["dropout"] for node in program.graph.nodes if operator(node) == "aten.clone"] == [
+        ["aten.dropout", 0.3]
+    ]
+
+
 class Remembers(nn.Module):
     """Computes a table once and keeps it, in eval mode, as attention biases are often kept."""
 

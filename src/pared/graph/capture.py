@@ -174,11 +174,71 @@ def is_fresh(node: fx.Node) -> bool:
 
 def mark_dropouts(program: ExportedProgram) -> None:
     """Note what each dropout was on the copy that decomposition makes of it, at `meta["custom"]["dropout"]`, so that a
-    training can put it back."""
+    training can put it back.
+
+    In eval mode a dropout gives its very input, not a copy. Where something is written into either and the other is
+    read later, both stay one tensor: what the model computes comes first, and that dropout is not put back.
+    """
+    memory = memory_of(program.graph)
     for node in program.graph.nodes:
+        if operator(node) not in DROPOUTS:
+            continue
+        if is_idle(node) and is_told_apart(node, memory):
+            for user in [user for user in node.users if user.op != "output"]:
+                user.replace_input_with(node, node.args[0])
+            node.target, node.args = torch.ops.aten.alias.default, node.args[:1]  # an output keeps its name
+            continue
+        node.meta["custom"] = {**node.meta.get("custom", {}), "dropout": [operator(node), node.args[1]]}
+        node.target = torch.ops.aten.dropout.default  # in eval mode all are the same, but this one leaves a copy
+
+
+def memory_of(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """The nodes whose results each one's result may lie in, itself among them; in eval mode, dropouts too."""
+    memory: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        sources = node.all_input_nodes if node.op == "call_function" else []
         if operator(node) in DROPOUTS:
-            node.meta["custom"] = {**node.meta.get("custom", {}), "dropout": [operator(node), node.args[1]]}
-            node.target = torch.ops.aten.dropout.default  # in eval mode all are the same, but this one leaves a copy
+            sources = sources if is_idle(node) else []
+        elif isinstance(node.target, torch._ops.OpOverload):
+            # Results that share memory name the argument that they share it with.
+            shared = any(result.alias_info is not None for result in node.target._schema.returns)
+            sources = [source for source, _ in aliased(node)] if shared else []
+        memory[node] = {node}.union(*(memory[source] for source in sources))
+    return memory
+
+
+def aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """The inputs of an operator that its schema says are shared with a result or written into, and whether written."""
+    names = node.target._schema.arguments  # type: ignore[union-attr]
+    for place, argument in enumerate(names):
+        held = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None:
+            for source in held if isinstance(held, (list, tuple)) else [held]:
+                if isinstance(source, fx.Node):
+                    yield source, argument.alias_info.is_write
+
+
+def is_idle(dropout: fx.Node) -> bool:
+    """True for a dropout that gives its very input: not in training, or nothing is dropped."""
+    share, training = dropout.args[1:3]
+    return bool(share == 0 or not training)
+
+
+def is_told_apart(dropout: fx.Node, memory: Mapping[fx.Node, set[fx.Node]]) -> bool:
+    """True where a copy in place of a dropout's input would be seen: one is written into, the other read later."""
+    order = {node: place for place, node in enumerate(memory)}
+    family = [node for node in memory if memory[node] & memory[dropout]]
+    behind = {node for node in family if dropout in memory[node]}
+    read: dict[bool, int] = {}  # when either side is read for the last time
+    for node in family:
+        read[node in behind] = max([read.get(node in behind, 0), *(order[user] for user in node.users)])
+    return any(
+        order[writer] > order[dropout] and read.get(source not in behind, 0) > order[writer]
+        for writer in memory
+        if isinstance(writer.target, torch._ops.OpOverload)
+        for source, written in aliased(writer)
+        if written and source in family
+    )
 
 
 def doubled(inputs: Inputs) -> Inputs:
