@@ -370,3 +370,32 @@ def test_limits_are_of_the_dense_model_when_rounds_repeat() -> None:
     kept, before = plan.facts["widths"]["0.0"]
     assert (kept, before) == (6, 8)
     assert again.facts["widths"]["0.0"] == [6, 6]  # three quarters of what there was at first, not of that again
+
+
+class Halves(nn.Module):
+    """A layer makes the channels of two groups, `layer` and `layer:2`, each tied to one more layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.left, self.right = nn.Linear(6, 16), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head((self.layer(x) + torch.cat([self.left(x), self.right(x)], 1)).relu())
+        return y
+
+
+def test_each_group_of_a_layer_keeps_its_own_share_when_rounds_repeat() -> None:
+    model = current = Halves()
+    with torch.no_grad():  # the first group goes to its floor before the second loses anything
+        model.layer.weight[:8] *= 0.01
+        model.left.weight *= 0.01
+    limits = Widths(round_to=1, limits={"layer": (0.5, 1.0)})
+    ctx, history, found = context(model, VECTORS), (), []
+    for ratio in (0.25, 0.45):
+        step = PruneChannels(ratio=ratio, ratios=Global(normalize="none"), widths=limits)
+        plan = step.plan(current, dataclasses.replace(ctx, history=history))
+        current = step.apply(current, plan, ctx)
+        history = (*history, plan)
+        found.append(plan.facts["widths"])
+    assert found == [{"layer": [4, 8], "layer:2": [8, 8]}, {"layer": [4, 4], "layer:2": [4, 8]}]

@@ -40,6 +40,7 @@ class Rules:
         normalize: What a group's scores are divided by before those of different groups are compared.
         round_to: Widths become multiples of it, where a layer is not smaller.
         limits: {pattern of layers: (least, most) fraction of units that stays}.
+        dense: Units by group that limits are fractions of; those of the model as it is where not given.
         path: From a number between 0 and 1 to the ratio of each group; takes the place of `scope` where given.
     """
 
@@ -47,6 +48,7 @@ class Rules:
     normalize: Literal["mean", "max", "none"] = "mean"
     round_to: int = 1
     limits: Limits = dataclasses.field(default_factory=dict)
+    dense: Sizes | None = None
     path: Callable[[float], Mapping[str, float]] | None = None
 
 
@@ -149,7 +151,8 @@ def problem(channels: Channels, scores: Mapping[str, Tensor], rules: Rules) -> P
     """
     check_limits(channels, rules.limits)
     rows = rows_of(channels)
-    blocks = blocks_of(channels, scores, rows, rules.limits, rules.round_to)
+    spans = {group.name: bounds(group, rules.limits, rules.dense) for group in channels.groups if group.name in scores}
+    blocks = blocks_of(channels, scores, rows, spans, rules.round_to)
     if not blocks:
         raise PlanError(f"no channel can be removed: {held(channels, scores, rules)}")
     return Problem(channels=channels, scores=scores, rules=rules, rows=rows, blocks=blocks)
@@ -298,7 +301,7 @@ def emptied(made: Problem, ratio: float | Mapping[str, float], sizes: Sizes) -> 
 def held(channels: Channels, scores: Mapping[str, Tensor], rules: Rules) -> str:
     """What keeps channels in the model, in words, and what to do."""
     reasons = []
-    floors = [g.name for g in channels.groups if g.name in scores and bounds(g, rules.limits)[0] > 1]
+    floors = [g.name for g in channels.groups if g.name in scores and bounds(g, rules.limits, rules.dense)[0] > 1]
     whole = [group.name for group in channels.groups if group.name not in scores]
     if floors:
         reasons.append(f"limits hold {shown(floors)}")

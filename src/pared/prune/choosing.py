@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pared.errors import PlanError
 from pared.graph.channels import Channels, Group
-from pared.prune.budgets import Choice, Rules, check_limits, choose, meet
+from pared.prune.budgets import Choice, Rules, choose, meet
 from pared.prune.costs import Work, params_of
 from pared.prune.curves import curves, path_along
 from pared.prune.edits import edits_of
@@ -21,7 +21,7 @@ from pared.prune.latency import fit_latency
 from pared.prune.ratios import Equal, Global, Sensitivity
 from pared.prune.saliency import score
 from pared.prune.timing import Clock, Journal, digest
-from pared.prune.widths import bounds, equal_to, matches, producers
+from pared.prune.widths import bounds, equal_to
 from pared.step import Context, Plan, Skip
 from pared.surgery import apply_edits
 from pared.train.checkpoint import fingerprint
@@ -127,29 +127,14 @@ class Chooser:
         """Latencies that this step has measured on this model."""
         return Journal(self.ctx.work / f"latency-{digest(self.key)}.json")
 
-    @functools.cached_property
-    def limits(self) -> dict[str, tuple[float, float]]:
-        """Least and most of each layer as fractions of the model as it is: the settings' are of the dense one."""
-        found = self.step.widths.limits
-        if Dense.of(self.ctx.history) is None:
-            return found
-        check_limits(self.channels, found)
-        scaled = {}
-        for group in self.channels.groups:
-            own = [pair for pattern, pair in found.items() if matches(group, pattern)]
-            grown = self.dense.sizes.get(group.name, group.size) / group.size
-            if own:
-                least, most = max(pair[0] for pair in own), min(pair[1] for pair in own)
-                scaled[producers(group)[0]] = (min(1.0, least * grown), min(1.0, most * grown))
-        return scaled
-
     def rules(self, round_to: int) -> Rules:
         """How sizes are settled."""
         return Rules(
             scope="global" if isinstance(self.step.ratios, Global) else "local",
             normalize=self.step.ratios.normalize if isinstance(self.step.ratios, Global) else "none",
             round_to=round_to,
-            limits=self.limits,
+            limits=self.step.widths.limits,
+            dense=self.dense.sizes,
             path=path_along(self.curves) if self.curves else None,
         )
 
@@ -185,7 +170,7 @@ class Chooser:
         tied = [name for name in equal_to(group.name, self.channels) if name not in allowed]
         if group.size == 1:
             return "it has one channel"
-        if bounds(group, self.limits)[0] == group.size:
+        if bounds(group, step.widths.limits, self.dense.sizes)[0] == group.size:
             return "limits keep all its channels"
         if tied:
             return f"as much of it must stay as of {tied[0]}, which may not be pruned"

@@ -19,6 +19,7 @@ from pared.graph.channels import NO_UNIT, Channels, Group
 
 Limits = Mapping[str, tuple[float, float]]  # {pattern of layers: (least, most) fraction of units that stays}
 Sizes = Mapping[str, int]  # units that stay, by group
+Spans = Mapping[str, tuple[int, int]]  # least and most units that may stay, by group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,13 @@ def matches(group: Group, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern) for name in producers(group))
 
 
-def bounds(group: Group, limits: Limits) -> tuple[int, int]:
+def bounds(group: Group, limits: Limits, dense: Sizes | None = None) -> tuple[int, int]:
     """Least and most units of a group that stay; at least 1. Where several patterns match, all hold.
+
+    Args:
+        group: As it is.
+        limits: Fractions of its units in the dense model.
+        dense: These, by group; a group that is not among them counts as it is.
 
     Raises:
         PlanError: They contradict one another.
@@ -85,14 +91,17 @@ def bounds(group: Group, limits: Limits) -> tuple[int, int]:
     Example:
         >>> bounds(Group("conv", 0, 16, (), ()), {"conv": (0.25, 0.75), "*": (0.0, 0.7)})
         (4, 11)
+        >>> bounds(Group("conv", 0, 10, (), ()), {"conv": (0.25, 0.75)}, {"conv": 16})
+        (4, 10)
     """
     own = {pattern: pair for pattern, pair in limits.items() if matches(group, pattern)}
     low = max((pair[0] for pair in own.values()), default=0.0)
     high = min((pair[1] for pair in own.values()), default=1.0)
     if low > high:
         raise PlanError(f"limits: {' and '.join(map(repr, own))} leave {group.name} no size; give it one of them")
-    least = max(1, math.ceil(low * group.size - 1e-9))
-    return least, max(least, math.floor(high * group.size + 1e-9))
+    size = (dense or {}).get(group.name, group.size)
+    least = min(max(1, math.ceil(low * size - 1e-9)), group.size)
+    return least, min(max(least, math.floor(high * size + 1e-9)), group.size)
 
 
 def rows_of(channels: Channels) -> list[Row]:
@@ -115,7 +124,7 @@ def rows_of(channels: Channels) -> list[Row]:
 
 
 def blocks_of(
-    channels: Channels, names: Iterable[str], rows: Sequence[Row], limits: Limits, round_to: int
+    channels: Channels, names: Iterable[str], rows: Sequence[Row], spans: Spans, round_to: int
 ) -> list[Block]:
     """The blocks of the groups that may be pruned, in graph order.
 
@@ -123,7 +132,7 @@ def blocks_of(
         channels: Of the model.
         names: Groups that may be pruned. One of which as much must stay as of another that may not is left out.
         rows: As `rows_of` gives them.
-        limits: Floors and caps.
+        spans: Floors and caps of these groups.
         round_to: Widths become multiples of it.
 
     Raises:
@@ -139,15 +148,15 @@ def blocks_of(
             continue
         done |= set(together)
         members = [groups[other] for other in together]
-        blocks.append(Block(tuple(together), options_of(members, rows, limits, round_to)))
+        blocks.append(Block(tuple(together), options_of(members, rows, spans, round_to)))
     return blocks
 
 
 def options_of(
-    members: Sequence[Group], rows: Sequence[Row], limits: Limits, round_to: int
+    members: Sequence[Group], rows: Sequence[Row], spans: Spans, round_to: int
 ) -> tuple[tuple[int, ...], ...]:
     """The sizes that groups may have together: the same fraction of each. Raises: PlanError where there are none."""
-    sizes = [fitting(group, rows, limits, round_to) for group in members]
+    sizes = [fitting(group, rows, spans[group.name], round_to) for group in members]
     if len(members) == 1:
         return tuple((size,) for size in sorted(sizes[0]))
     parts = [{Fraction(size, group.size) for size in own} for group, own in zip(members, sizes, strict=True)]
@@ -170,14 +179,14 @@ def equal_to(name: str, channels: Channels) -> list[str]:
     return [group.name for group in channels.groups if group.name in found]
 
 
-def fitting(group: Group, rows: Sequence[Row], limits: Limits, round_to: int) -> set[int]:
+def fitting(group: Group, rows: Sequence[Row], span: tuple[int, int], round_to: int) -> set[int]:
     """Units of a group that may stay: within its limits, and at widths of the layers that only it runs along that
     are multiples of `round_to`; or all of it.
 
     Where several layers leave no size but all of it, the first of them alone counts. Where no multiple is within the
     limits, as in a layer that is smaller, the limits alone do.
     """
-    least, most = bounds(group, limits)
+    least, most = span
     own = [row for row in rows if set(row.takes) == {group.name}]
 
     def rounded(counted: Sequence[Row]) -> set[int]:
