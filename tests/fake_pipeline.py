@@ -44,12 +44,14 @@ class Changing:
 
     calls: ClassVar[list[tuple[str, str]]] = []
     histories: ClassVar[list[tuple[str, ...]]] = []
+    laters: ClassVar[list[tuple[str, ...]]] = []
     refused: ClassVar[list[tuple[str, ...]]] = []
     denses: ClassVar[list[float]] = []
 
     def plan(self, model: nn.Module, ctx: Context) -> Plan:
         Changing.calls.append(("plan", str(self)))
         Changing.histories.append(tuple(plan.step for plan in ctx.history))
+        Changing.laters.append(tuple(type(step).__name__ for step in ctx.later))
         Changing.refused.append(ctx.refused)
         Changing.denses.append(ctx.dense.get_parameter("linear.bias").item())
         edits = () if self.trains else (Edit("mask", "linear", {"tensor": "weight"}),)

@@ -243,6 +243,7 @@ class Context:
             recipe left it. The default teacher. Never changed.
         seed: Seed of everything random.
         history: Plans of the steps kept so far, oldest first.
+        later: The steps after this one, in order.
         refused: Modules that the runtime refused as this step first planned them: to be left as they are, and listed.
         deadline: `time.monotonic()` at which searches should stop, or None.
         dry: True when only planning: nothing expensive, estimates marked.
@@ -260,6 +261,7 @@ class Context:
     dense: nn.Module
     seed: int = 0
     history: tuple[Plan, ...] = ()
+    later: tuple[Step, ...] = ()
     refused: tuple[str, ...] = ()
     deadline: float | None = None
     dry: bool = False

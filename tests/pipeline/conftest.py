@@ -23,6 +23,7 @@ def target(monkeypatch: pytest.MonkeyPatch) -> FastTarget:
     monkeypatch.setattr("pared.pipeline.run.count", lambda *_: [])
     Changing.calls.clear()
     Changing.histories.clear()
+    Changing.laters.clear()
     Changing.refused.clear()
     Changing.denses.clear()
     return made

@@ -50,6 +50,7 @@ def test_a_repeat_runs_as_its_steps_written_out(compress: Compress, tmp_path: Pa
     ]
     # Every round plans with those before it in the history.
     assert Changing.histories[2] == ("Shrink", "Tune")
+    assert Changing.laters == [("Shrink", "Tune", "Shrink", "Tune", "Change")[n:] for n in range(1, 6)]
     written = compress(*flat, out=tmp_path / "flat")
     run = [json.loads((made.path / "artifact.json").read_text())["run"] for made in (repeated, written)]
     assert run[0] == run[1]
@@ -108,6 +109,7 @@ def test_a_dry_run_plans_every_round() -> None:
     plans = pared.dry_run(Net(), [pared.Repeat(3, [Shrink(level=-1.5), Tune()])], make_task())
     assert [plan.step for plan in plans] == ["Shrink", "Tune"] * 3
     assert [plan.settings["level"] for plan in plans[::2]] == [-0.5, -1.0, -1.5]
+    assert Changing.laters == [("Shrink", "Tune", "Shrink", "Tune", "Shrink", "Tune")[n:] for n in range(1, 7)]
 
 
 def test_a_step_in_a_repeat_is_named_by_its_place_when_it_fails_or_is_none(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 import pared
 from fake_pipeline import Change, Changing, FastTarget, Net, Tune, make_task
-from pared.errors import ArtifactError
+from pared.errors import ArtifactError, PlanError
+from pared.step import Context, Plan, settings
 
 Compress = Callable[..., pared.Artifact]
 # A block that is kept, one that is rolled back, one with a training, and a change after it.
@@ -276,3 +278,33 @@ def test_the_finished_run_is_done_again_when_the_test_data_changed(compress: Com
         compress(Change(level=1.0), task=make_task(test=[(ONES * 2, labels)]), resume=True)
     artifact = compress(Change(level=1.0), task=make_task(test=[(ONES * 2, labels)]), resume=True, overwrite=True)
     assert artifact.report.final is not None
+
+
+@settings
+class Postponing(Changing):
+    """A change that leaves all to later steps, and must not be the last."""
+
+    trains: ClassVar[bool] = False
+    level: float = 0.0
+    ms: float | None = None
+    bulk: float | None = None
+    error: bool = False
+
+    def plan(self, model: nn.Module, ctx: Context) -> Plan:
+        if not ctx.later:
+            raise PlanError("nothing is left to do it")
+        return dataclasses.replace(super().plan(model, ctx), edits=())
+
+
+def test_what_was_left_to_a_later_step_is_not_taken_as_done_without_it(
+    compress: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pared.pipeline.run.write_artifact", stop)
+        with pytest.raises(StopError):
+            compress(Postponing(), Change(level=1.0))
+    with pytest.raises(PlanError, match="nothing is left"):
+        compress(Postponing(), resume=True)

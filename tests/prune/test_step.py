@@ -152,6 +152,23 @@ def test_a_round_that_asks_for_no_more_than_before_says_so() -> None:
     assert outputs(HALF.apply(smaller, again, later)) == outputs(smaller)
 
 
+def test_a_first_round_may_leave_all_to_later_ones_and_the_last_may_not() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+    first, second, third = pared.dry_run(model, [pared.Repeat(3, [PruneChannels(ratio=0.4)])], VECTORS)
+    assert [plan.facts["widths"]["0"][0] for plan in (first, second, third)] == [16, 8, 8]
+    assert not first.edits
+    assert first.facts["warnings"] == [
+        "no channel is removed yet, a later PruneChannels has to: 0: the budget rounds to all its 16 channels, as "
+        "multiples of 8 (widths.round_to)"
+    ]
+    ctx = context(model, VECTORS, later=(PruneChannels(ratio=0.4),))
+    assert PruneChannels(ratio=0.13).apply(model, first, ctx)[0].out_features == 16
+    for last, step in ((1, PruneChannels(ratio=0.2)), (3, pared.Repeat(3, [PruneChannels(ratio=0.2)]))):
+        with pytest.raises(PlanError, match=r"no channel can be removed \(0: the budget rounds to") as caught:
+            pared.dry_run(model, [step], VECTORS)
+        assert caught.value.__notes__ == [f"in step {last}, PruneChannels"]
+
+
 def test_every_group_that_stays_whole_is_listed_with_the_reason() -> None:
     model = small()
     step = PruneChannels(ratio=0.5, widths=Widths(round_to=8))

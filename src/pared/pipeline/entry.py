@@ -105,7 +105,8 @@ def dry_run(
     plans: list[Plan] = []
     current = model
     with tempfile.TemporaryDirectory(prefix="pared-") as folder, isolated(task):
-        for number, step in enumerate(unrolled(steps), 1):
+        flat = unrolled(steps)
+        for number, step in enumerate(flat, 1):
             ctx = Context(
                 task=task,
                 target=runtime,
@@ -113,6 +114,7 @@ def dry_run(
                 dense=model,
                 seed=seed,
                 history=tuple(plans),
+                later=tuple(flat[number:]),
                 dry=True,
                 progress=progress,
                 floating=current,

@@ -94,7 +94,7 @@ class Run:
                 name = f"{number} {type(step).__name__}"
                 self.progress("stages", number - 1, len(steps), name)
                 with told(number, step):
-                    last, plan = self.stage(last, number, step, plans, baseline)
+                    last, plan = self.stage(last, number, steps[number - 1 :], plans, baseline)
                     plans = (*plans, plan)
                     self.rows.append(self.measure(last, name, step, block, [baseline, good], plans))
             kept, why = self.judge(last, good, changes=any(plan.edits for plan in plans[len(history) :]))
@@ -155,9 +155,11 @@ class Run:
         return stage
 
     def stage(
-        self, before: Stage, number: int, step: Step, history: tuple[Plan, ...], baseline: Stage
+        self, before: Stage, number: int, ahead: Sequence[Step], history: tuple[Plan, ...], baseline: Stage
     ) -> tuple[Stage, Plan]:
-        """The stage after a step: from the workspace where it is finished, else planned, applied, exported, checked."""
+        """The stage after the first of the steps ahead: from the workspace where it is finished, else planned, applied,
+        exported, checked."""
+        step, *later = ahead
         key = next_key(before.key, step)
         folder = self.space.stage(key)
         seed_all(self.task, self.seed, number)
@@ -168,6 +170,7 @@ class Run:
             dense=self.dense,
             seed=self.seed,
             history=history,
+            later=tuple(later),
             progress=self.progress,
             batch_size=self.timing.batch_size,
             threads=self.threads,
@@ -175,7 +178,8 @@ class Run:
         )
         file = folder / self.target.filename
         found = read_stage(folder)
-        if found is not None:
+        # A change may have left all to later steps, which need not be the same ones now: it is planned anew.
+        if found is not None and (found[0].edits or step.trains):
             plan, facts = found
             model = self.replay(before.model, step, plan, ctx, folder)
             return after(before, key, model, plan, file, facts, ctx), plan

@@ -17,7 +17,7 @@ from pared.graph.channels import Channels, Group
 from pared.graph.labels import find_channels
 from pared.graph.units import UNREAD
 from pared.prune.budgets import Choice, candidates, shown
-from pared.prune.choosing import ROUND_TO, Chooser, Dense
+from pared.prune.choosing import ROUND_TO, Chooser
 from pared.prune.constants import constants_of, fold
 from pared.prune.edits import Fitted, edits_of
 from pared.prune.exact import difference
@@ -131,8 +131,10 @@ class PruneChannels:
             chooser = Chooser(step, model, channels, groups, ctx)
             choice, measured = chooser.choice()
             unmoved = chooser.unmoved(choice)
-            if bool(choice.keep.all()) and Dense.of(ctx.history) is None:
-                raise nothing_to_prune((*unmoved, *skips, *channels.skips))
+            if bool(choice.keep.all()) and not removed_in(ctx.history):
+                if not any(isinstance(step, PruneChannels) for step in ctx.later):
+                    raise nothing_to_prune((*unmoved, *skips, *channels.skips))
+                choice = dataclasses.replace(choice, notes=(*choice.notes, left_to_later(unmoved)))
             fitted = edits_of(model, channels, choice.keep, ctx.task)
             if not fitted.pins:
                 ctx.progress("prune", attempt + 1, attempt + 1, "channels chosen, edits proved")
@@ -216,6 +218,17 @@ class PruneChannels:
 def quantized_in(history: Sequence[Plan]) -> bool:
     """Whether an earlier step has made integers of the model, which a dry run does not do."""
     return any(edit.kind == "quantize" for plan in history for edit in plan.edits)
+
+
+def removed_in(history: Sequence[Plan]) -> bool:
+    """Whether an earlier step has removed channels."""
+    return any(plan.step == "PruneChannels" and plan.edits for plan in history)
+
+
+def left_to_later(unmoved: Sequence[Skip]) -> str:
+    """What a first round says that asks for less than one channel of any layer."""
+    why = next((f": {skip.module}: {skip.reason}" for skip in unmoved), "")
+    return f"no channel is removed yet, a later PruneChannels has to{why}"
 
 
 def placeless(reason: str) -> str:
