@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,8 +127,8 @@ def kept_part(old: Tensor, edit: Edit, name: str, dim: int, keep: Sequence[int])
     if not 0 <= dim < old.ndim:
         raise ModelError(unfit(edit, f"{name} has shape {tuple(old.shape)}, so no dimension {dim}"))
     width = old.shape[dim]
-    whole = all(type(index) is int for index in keep)
-    if not (keep and whole and keep[0] >= 0 and all(a < b for a, b in itertools.pairwise(keep))):
+    whole = set(map(type, keep)) == {int}
+    if not (whole and keep[0] >= 0 and all(map(operator.lt, keep, keep[1:]))):
         raise PlanError(unfit(edit, f"{name} must keep one index or more, rising, none twice; found {list(keep)[:8]}"))
     if keep[-1] >= width:
         raise ModelError(

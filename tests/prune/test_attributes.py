@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import CaptureError
-from pared.prune.attributes import Rehearsal, reads_of
+from pared.prune.attributes import Rehearsal
 from pared.step import Edit
 from pared.task import as_inputs
 
@@ -35,7 +35,7 @@ class Looking(Reading):
 def test_reads_are_the_integers_that_a_forward_asks_for(kind: type[nn.Module]) -> None:
     model = kind()
     rehearsal = Rehearsal(model, as_inputs(torch.ones(2, 3)))
-    assert reads_of(rehearsal) == {"": {"width": 8, "parts": (4, 4)}}
+    assert rehearsal.reads == {"": {"width": 8, "parts": (4, 4)}}
     assert rehearsal.device.type == ("cpu" if kind is Looking else "meta")
     assert type(model) is kind
     assert not hasattr(model, "_pared_reads")
@@ -52,3 +52,13 @@ def test_rehearsal_runs_edited_copies_and_names_the_line_that_fails() -> None:
     narrow = rehearsal.edited([shrink, bias, Edit("set_attribute", "", {"name": "width", "value": 4})])
     with pytest.raises(CaptureError, match=r"test_attributes\.py:\d+, in forward: first, second = torch\.split"):
         rehearsal.run(narrow)
+
+
+def test_rehearsal_of_a_batch_norm_still_checks_its_width() -> None:
+    rehearsal = Rehearsal(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), as_inputs(torch.ones(2, 3, 4, 4)))
+    narrow = [Edit("slice", "0", {"tensor": name, "dim": 0, "keep": [0, 1]}) for name in ("weight", "bias")]
+    with pytest.raises(CaptureError):
+        rehearsal.run(rehearsal.edited(narrow))
+    names = ("weight", "bias", "running_mean", "running_var")
+    norm = [Edit("slice", "1", {"tensor": name, "dim": 0, "keep": [0, 1]}) for name in names]
+    assert rehearsal.run(rehearsal.edited([*narrow, *norm])) == [(2, 2, 4, 4)]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pared.prune.constants import constants_of, fold, padded, spread
+from pared.graph.capture import doubled
+from pared.prune.constants import Watch, constants_of, fold, padded, spread
 from pared.prune.edits import structure_of
 from pared.prune.exact import difference
 from pared.surgery import apply_edits
@@ -119,6 +120,38 @@ def test_constants_that_meet_data_or_find_no_bias_are_left() -> None:
     for group in channels.groups:
         if group.name in {"into", "plain"}:
             assert not bool(found.folded[group.units].any())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 3, padding=4),  # some windows lie wholly in the border
+        nn.Conv2d(4, 6, 2, dilation=4, padding=3),  # some step over all of a small input
+        nn.Conv2d(4, 6, 3, groups=2, padding="same"),
+        nn.Conv2d(4, 4, 1, groups=4, stride=2),
+        nn.ConvTranspose2d(4, 6, 2, stride=3),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_what_is_no_number_is_told_without_computing_it(
+    layer: nn.Module, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    last = nn.Conv2d(int(layer.out_channels), 2, 1)
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU(), layer, last))
+    task = Task(example_inputs=torch.randn(1, 3, size, size))
+    channels = channels_of(model, task)
+    keep = half(channels)
+
+    def outputs() -> list[Tensor]:
+        return Watch(model, channels, keep).outputs(doubled(task.example_inputs))
+
+    quick = outputs()
+    monkeypatch.setattr(Watch, "unknown_everywhere", lambda *_: None)
+    for first, second in zip(quick, outputs(), strict=True):
+        assert torch.equal(first.isnan(), second.isnan())
+        assert torch.allclose(first, second, rtol=1e-15, equal_nan=True)
 
 
 class Remembering(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pared.graph.capture import capture
 from pared.graph.labels import find_channels
-from pared.prune.edits import changes_of, edits_of
+from pared.prune.edits import changes_of, edits_of, hides
 from pared.step import Edit
 from pared.surgery import apply_edits
 from pared.task import Task
@@ -154,6 +154,27 @@ def test_transformer_of_another_library_loses_heads_and_width(kind: str, attenti
     pruned = apply_edits(model, fitted.edits, {})
     kept, all_of_it = (sum(p.numel() for p in m.parameters()) for m in (pruned, model))
     assert kept < 0.4 * all_of_it
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "hidden"),
+    [
+        ("1.weight", 3, True),  # a scale of zero: the channel is seen nowhere
+        ("3.weight", (slice(None), 3), True),  # nothing reads the channel
+        ("0.weight", 3, True),  # nothing makes it
+        ("3.weight", (0, 3, 0, 0), False),  # one zero among others
+        ("1.bias", slice(None), False),  # added, not multiplied
+    ],
+)
+def test_zeros_hide_an_edit_where_nothing_else_is_at_an_index(tensor: str, index: object, hidden: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    task = Task(example_inputs=torch.randn(1, 3, 8, 8))
+    channels = channels_of(model, task)
+    assert not hides(model, channels)
+    with torch.no_grad():
+        model.get_parameter(tensor)[index] = 0  # type: ignore[index]
+    assert hides(model, channels) == hidden
 
 
 class Biased(nn.Module):

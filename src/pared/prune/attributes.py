@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from pared.errors import CaptureError, ModelError
@@ -39,8 +40,11 @@ class Rehearsal:
 
     Attributes:
         device: "meta", where tensors have no data; that of the inputs where the model's code looks at data.
-        ghost: A copy there.
+        ghost: A copy there, which has not been run.
         shapes: Shapes of all tensors that it gives.
+        reads: {dotted name of a module: {attribute: value}}, the integers, and tuples or lists of integers, that each
+            module's forward reads off itself; modules as `named_modules()` gives them first, lists as tuples. Layers
+            whose numbers only repeat the shapes of their tensors are left out.
 
     Raises:
         CaptureError: The model does not run on these inputs.
@@ -50,23 +54,45 @@ class Rehearsal:
         self.device = torch.device("meta")
         self.inputs = changed(inputs, lambda value: value.to(self.device))
         self.ghost = without_data(model)
+        # One run tells both: shapes without recording would be those with it.
         try:
-            self.shapes = self.run(self.ghost)
+            self.shapes, self.reads = self.recorded()
         except CaptureError:
             self.inputs, self.ghost = inputs, duplicate(model)
             self.device = next(iter(inputs.tensors.values())).device
-            self.shapes = self.run(self.ghost)
+            self.shapes, self.reads = self.recorded()
+
+    def recorded(self) -> tuple[list[tuple[int, ...]], dict[str, dict[str, Read]]]:
+        """Shapes and reads of the model as it is. Raises: CaptureError."""
+        copied = self.edited(())
+        reads = recorders_in(copied)
+        shapes = self.run(copied)
+        return shapes, {name: found for name, found in reads.items() if found}
 
     def run(self, model: nn.Module) -> list[tuple[int, ...]]:
         """Shapes of all tensors that a model gives. Raises: CaptureError, with the line that failed."""
         # Tensors that the forward makes are to lie where its inputs do.
-        with evaluating(model), torch.no_grad(), quiet(), torch.device(self.device), Explained("{}"):
+        with evaluating(model), torch.no_grad(), quiet(), torch.device(self.device), ShapesOfNorms(), Explained("{}"):
             result = model(*self.inputs.args, **self.inputs.kwargs)
         return [tuple(value.shape) for value in tree_flatten(result)[0] if isinstance(value, Tensor)]
 
     def edited(self, edits: Iterable[Edit]) -> nn.Module:
         """The copy with some edits replayed."""
         return apply_edits(self.ghost, edits, {})
+
+
+class ShapesOfNorms(TorchFunctionMode):
+    """Batch norms in eval mode give, without data, what they are given: PyTorch takes them apart into ten operators,
+    which are then most of what a rehearsal takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.batch_norm or args[0].device.type != "meta" or kwargs.get("training", True):
+            return func(*args, **kwargs)
+        x, *statistics = args
+        held = [value for value in (*statistics, kwargs.get("weight"), kwargs.get("bias")) if value is not None]
+        fits = x.ndim > 1 and len(args) == 3 and all(tuple(value.shape) == (x.shape[1],) for value in held)
+        return torch.empty_like(x) if fits else func(*args, **kwargs)  # which says what is wrong
 
 
 def without_data(model: nn.Module) -> nn.Module:
@@ -82,24 +108,17 @@ def without_data(model: nn.Module) -> nn.Module:
         raise ModelError(f"{type(model).__name__} cannot be copied ({error}); give it only leaf tensors") from error
 
 
-def reads_of(rehearsal: Rehearsal) -> dict[str, dict[str, Read]]:
-    """The integers, and tuples or lists of integers, that each module's forward reads off itself.
-
-    Returns:
-        {dotted name of a module: {attribute: value}}, modules as `named_modules()` gives them first, lists as tuples.
-        Layers whose numbers only repeat the shapes of their tensors are left out.
-    """
+def recorders_in(model: nn.Module) -> dict[str, dict[str, Read]]:
+    """Let the modules of a model note what they read. Returns: {module: {attribute: value}}, filled as it runs."""
     reads: dict[str, dict[str, Read]] = {}
     recorders: dict[type, type] = {}
-    copied = rehearsal.edited(())
-    for name, module in copied.named_modules():
+    for name, module in model.named_modules():
         if wanted(module):
             kind = type(module)
             module.__dict__["_pared_reads"] = reads.setdefault(name, {})
             # As an attribute of the object itself; a module's own `__setattr__` may think of something else.
             object.__setattr__(module, "__class__", recorders.setdefault(kind, recording(kind)))
-    rehearsal.run(copied)
-    return {name: found for name, found in reads.items() if found}
+    return reads
 
 
 def wanted(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from pared.prune.exact import GROUP_NORMS, MAKERS, MEANS, NORMS, SCALES, SUMS, M
 from pared.surgery import duplicate
 from pared.task import Task
 
+WINDOWS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 REDUCTIONS = MEANS | {"sum", "linalg_vector_norm", "norm"}
 
 
@@ -181,6 +182,7 @@ class Watch(Masked):
         self.uses: dict[str, int] = {}
         self.readers: list[Reader] = []
         self.given: set[fx.Node] = set()
+        self.users = frozenset(signature.user_inputs)
         for node in channels.program.graph.nodes:
             if node.name in self.names:
                 name = self.names[node.name]
@@ -190,7 +192,7 @@ class Watch(Masked):
         """The value of a node: not a number where it depends on data, and a constant for removed units where not."""
         if n.op == "placeholder":
             value = super().run_node(n)
-            if n.name not in self.channels.program.graph_signature.user_inputs:
+            if n.name not in self.users:
                 return value
             self.given.add(n)
             return unknown(value)
@@ -198,13 +200,34 @@ class Watch(Masked):
         sources = [source for source in n.all_input_nodes if source in self.given]
         if n.op == "call_function":
             self.read(n, name)
-        value = super().run_node(n)
+        value = self.unknown_everywhere(n, name)
+        value = super().run_node(n) if value is None else value
         if sources:
             self.given.add(n)
             # Integers and booleans cannot say that they depend on data; what is made of them does.
             if any(not floating(self.env[source]) and isinstance(self.env[source], Tensor) for source in sources):
                 value = unknown(value)
         return self.made(n, name, value)
+
+    def unknown_everywhere(self, node: fx.Node, name: str) -> Tensor | None:
+        """What a layer gives, without computing it, that always reads a channel in which nothing is a number."""
+        sources = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+        if name not in WINDOWS or len(sources) < 2:
+            return None
+        x, weight = (self.env[source] for source in sources)
+        plain = name == "linear" or all(step == 1 for step in numbers(node, "dilation", 1))
+        reach = [0] if name == "linear" else numbers(node, "padding", 0)
+        # A window that lies wholly in the border, or steps over all of its input, reads nothing.
+        if not plain or any(wide >= size for wide, size in zip(reach, weight.shape[2:] or [1], strict=False)):
+            return None
+        channel = x.ndim - 1 if name == "linear" else x.ndim - weight.ndim + 1
+        groups = 1 if name == "linear" else int(argument(node, "groups") or 1)
+        parts = x.movedim(channel, 0).reshape(groups, x.shape[channel] // groups, -1)
+        first = parts[:, :, 0].isnan().to(torch.uint8).argmax(1)
+        if not bool(parts[torch.arange(groups), first].isnan().all()):
+            return None
+        shapes = fx.node.map_arg((node.args, node.kwargs), lambda held: without_data(self.env[held]))
+        return torch.full_like(self.call_function(node.target, *shapes), float("nan"), device=x.device)
 
     def made(self, node: fx.Node, name: str, value: Any) -> Any:
         """A value with what a zero scale leaves at removed units: the bias, or nothing."""
@@ -256,23 +279,25 @@ class Watch(Masked):
         if where is None:
             return
         index = where.nonzero().flatten()
-        values = x.movedim(channel, 0)[index].reshape(len(index), -1)
-        units = self.labels(source)[channel][where]
         transposed = "transpose" in name
         groups = 1 if name == "linear" else int(argument(node, "groups") or 1)
-        weights = spread(weight, groups, transposed)[:, index]
-        stays = ~self.removed(node, self.gone).get(channel, torch.zeros(weights.shape[0], dtype=torch.bool))
-        matters = (weights[stays] != 0).flatten(2).any(2).any(0) if weights.ndim > 2 else (weights[stays] != 0).any(0)
-        units, values, weights = units[matters], values[matters], weights[:, matters]
-        if not len(units):
+        full = spread(weight, groups, transposed)
+        stays = ~self.removed(node, self.gone).get(channel, torch.zeros(full.shape[0], dtype=torch.bool))
+        weights = (full if full.ndim > 2 else full[..., None]).flatten(2)[stays][:, index]
+        matters = (weights != 0).any(2).any(0)
+        index, weights = index[matters], weights[:, matters]
+        if not len(index):
             return
-        constant, known = values[:, 0], ~values.isnan().any(1)
-        alike = known & (values == values[:, :1]).all(1)
-        largest = float(values[known].abs().max()) if bool(known.any()) else 0.0
+        units = self.labels(source)[channel][index]
+        # Both are not a number where any of the values is not.
+        low, constant = torch.aminmax(x.movedim(channel, 0)[index].reshape(len(index), -1), dim=1)
+        known = ~constant.isnan()
+        alike = known & (low == constant)
+        largest = float(torch.maximum(low.abs(), constant.abs())[known].max()) if bool(known.any()) else 0.0
         # Sums by position differ at a border, and between the positions that a transposed convolution writes.
         even = not padded(node, name) and not (transposed and weight[0, 0].numel() > 1)
-        sums = weights.flatten(2).sum(2).T if weights.ndim > 2 else weights.T
-        sums = torch.where(stays, sums * constant[:, None], torch.zeros(()).to(sums))
+        sums = weights.new_zeros(len(index), full.shape[0])
+        sums[:, stays] = weights.sum(2).T * constant[:, None]
         # One reader for each reason, so that only the units that it holds for do without.
         uneven = alike & (constant != 0) if not even else torch.zeros_like(alike)
         for chosen, why in (
@@ -307,17 +332,25 @@ def spread(weight: Tensor, groups: int, transposed: bool) -> Tensor:
 
 def padded(node: fx.Node, name: str) -> bool:
     """True for a convolution that reads zeros beyond the border of its input."""
-    if name == "linear":
-        return False
-    padding = argument(node, "padding") or 0
-    if isinstance(padding, str):
-        return padding != "valid"
-    return any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return name != "linear" and any(numbers(node, "padding", 0))
+
+
+def numbers(node: fx.Node, name: str, default: int) -> list[int]:
+    """An argument of a convolution that is one number, or one a dimension; of a padding by name, 0 or 1."""
+    value = argument(node, name)
+    if isinstance(value, str):
+        return [int(value != "valid")]
+    return list(value) if isinstance(value, (list, tuple)) else [default if value is None else value]
 
 
 def unknown(value: Any) -> Any:
     """A floating-point tensor of the same shape that is not a number anywhere; other things as they are."""
     return torch.full_like(value, float("nan")) if floating(value) else value
+
+
+def without_data(value: Any) -> Any:
+    """The shape and dtype of a tensor; other things as they are."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def floating(value: Any) -> bool:

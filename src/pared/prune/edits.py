@@ -8,6 +8,7 @@ and then the values, against the masked original. What cannot be proved is pinne
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from pared.errors import CaptureError
 from pared.graph.capture import doubled, forgetful, owner
 from pared.graph.channels import Channels, Group
 from pared.graph.units import Modules
-from pared.prune.attributes import Read, Rehearsal, reads_of, whose
-from pared.prune.exact import Difference, difference
+from pared.prune.attributes import Read, Rehearsal, whose
+from pared.prune.exact import Difference, difference, named_arguments
 from pared.step import Edit
 from pared.surgery import apply_edits, duplicate
 from pared.task import Task
@@ -70,9 +71,12 @@ class Search:
     def __init__(self, model: nn.Module, channels: Channels, task: Task, trials: int = 32) -> None:
         self.model, self.channels, self.task, self.trials = model, channels, task, trials
         self.rehearsal = Rehearsal(model, doubled(task.example_inputs))
-        self.reads = reads_of(self.rehearsal)
         self.sites = Sites(model, channels)
-        self.alive = without_zeros(model, channels)
+
+    @functools.cached_property
+    def alive(self) -> nn.Module:
+        """What values are compared on; made only where any are."""
+        return without_zeros(self.model, self.channels)
 
     def fit(self, keep: Tensor, *, prove: bool = True, blame: bool = True) -> Fitted:
         """Edits for one choice, or pins; with `blame` off, pins may be empty of names and only say that it failed."""
@@ -85,7 +89,7 @@ class Search:
         ran = False
         for choice in itertools.islice(self.choices(unsure), self.trials):
             chosen = {**sure, **choice}
-            new = {key: value for key, value in chosen.items() if value != self.reads[key[0]][key[1]]}
+            new = {key: value for key, value in chosen.items() if value != self.rehearsal.reads[key[0]][key[1]]}
             edits = (*base, *settings_edits(new))
             error = self.rehearse(edits)
             if error is not None:
@@ -105,7 +109,7 @@ class Search:
     def options(self, keep: Tensor) -> dict[Attribute, list[Read]]:
         """Values that attributes could take, the likelier first, for each one that may have to change."""
         found: dict[Attribute, list[Read]] = {}
-        for module, read in self.reads.items():
+        for module, read in self.rehearsal.reads.items():
             moves = self.sites.moves(module, keep)
             for name, value in read.items():
                 values = changes_of(value, moves)
@@ -194,6 +198,34 @@ def without_zeros(model: nn.Module, channels: Channels) -> nn.Module:
             noise = 0.02 * torch.randn(value.shape, generator=generator)
             value.data = torch.where(value.data == 0, noise.to(value), value.data)
     return copied
+
+
+def hides(model: nn.Module, channels: Channels) -> bool:
+    """True where zeros of a parameter that multiplies something could hide a wrong edit from a comparison of outputs.
+
+    That takes an index, of any dimension, at which all is zero: a channel that every filter ignores, a scale of zero. A
+    single zero has others beside it that show the channel; a bias of zero is added, and hides nothing but itself.
+    """
+    parameters = channels.program.graph_signature.inputs_to_parameters
+    for node in channels.program.graph.nodes:
+        target = parameters.get(node.name) if node.op == "placeholder" and node.users else None
+        value = model.get_parameter(target).detach() if target else None
+        if value is None or not value.is_floating_point() or bool(value.all()):
+            continue
+        there = (value != 0).reshape(value.shape or (1,))
+        empty = any(
+            not bool(there.movedim(dim, 0).reshape(there.shape[dim], -1).any(1).all()) for dim in range(there.ndim)
+        )
+        if empty and not all(is_bias(user, node) for user in node.users):
+            return True
+    return False
+
+
+def is_bias(node: fx.Node, value: fx.Node) -> bool:
+    """True where all that a node does with a value is to add it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return [name for name, held in named_arguments(node).items() if held is value] == ["bias"]
 
 
 class Sites:

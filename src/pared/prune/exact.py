@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from pared.graph.capture import doubled, evaluating, forgetful, operator
 from pared.graph.channels import Channels
@@ -169,7 +169,8 @@ class Uniform(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def one(value: Any) -> Any:
             return self.dtype if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-        return func(*tree_map(one, args), **tree_map(one, kwargs or {}))
+        # No operator takes several in a list.
+        return func(*map(one, args), **{name: one(value) for name, value in (kwargs or {}).items()})
 
 
 @contextlib.contextmanager
@@ -212,6 +213,8 @@ class Masked(fx.Interpreter):
         self.gone = torch.cat([~keep, false])
         self.zero = torch.cat([~keep & ~folded, false])
         self.folded = torch.cat([folded, false])
+        self.held = held_by(model, channels)
+        self.known: dict[tuple[int, int], Tensor | None] = {}
 
     def outputs(self, inputs: Inputs) -> list[Tensor]:
         """Every tensor that the masked original gives for these inputs."""
@@ -230,13 +233,21 @@ class Masked(fx.Interpreter):
 
     def removed(self, node: fx.Node, among: Tensor) -> dict[int, Tensor]:
         """Along each dimension that any of these units stands at: where they stand."""
-        found = {dim: among[labels] for dim, labels in self.labels(node).items()}
-        return {dim: where for dim, where in found.items() if bool(where.any())}
+        found = {dim: self.where(labels, among) for dim, labels in self.labels(node).items()}
+        return {dim: where for dim, where in found.items() if where is not None}
+
+    def where(self, labels: Tensor, among: Tensor) -> Tensor | None:
+        """Where any of these units stands along a dimension; None where none does. Many share their labels."""
+        key = (id(labels), id(among))
+        if key not in self.known:
+            found = among[labels]
+            self.known[key] = found if bool(found.any()) else None
+        return self.known[key]
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter, buffer or constant of the model, or what the caller gave."""
         given = next(self.args_iter)
-        value = tensor_of(self.model, self.channels, target)
+        value = self.held.get(target)
         return given if value is None else as_dtype(self.dtype)(value.detach())
 
     def run_node(self, n: fx.Node) -> Any:
@@ -324,26 +335,27 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def tensor_of(model: nn.Module, channels: Channels, target: str) -> Tensor | None:
-    """The tensor of the model behind a placeholder of the graph; None for what the caller gives."""
+def held_by(model: nn.Module, channels: Channels) -> dict[str, Tensor]:
+    """The tensors of the model behind the placeholders of the graph; what the caller gives is not among them."""
     signature = channels.program.graph_signature
-    name = signature.inputs_to_parameters.get(target) or signature.inputs_to_buffers.get(target)
-    if name is not None:
+    found: dict[str, Any] = {}
+    for placeholder, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
         owner, _, held = name.rpartition(".")
-        value = getattr(model.get_submodule(owner), held)
-        return value if isinstance(value, Tensor) else None
-    name = signature.inputs_to_lifted_tensor_constants.get(target)
-    value = channels.program.constants.get(name) if name is not None else None
-    return value if isinstance(value, Tensor) else None
+        found[placeholder] = getattr(model.get_submodule(owner), held)
+    for placeholder, name in signature.inputs_to_lifted_tensor_constants.items():
+        found[placeholder] = channels.program.constants.get(name)
+    return {placeholder: value for placeholder, value in found.items() if isinstance(value, Tensor)}
 
 
 def zeroed(value: Tensor, where: Mapping[int, Tensor]) -> Tensor:
     """Zeros at some indices of some dimensions; a new tensor where that changes anything."""
+    made = None
     for dim, gone in where.items():
         shape = [1] * value.ndim
         shape[dim] = -1
-        value = value.masked_fill(gone.to(value.device).reshape(shape), 0)
-    return value
+        there = gone.to(value.device).reshape(shape)
+        made = value.masked_fill(there, 0) if made is None else made.masked_fill_(there, 0)
+    return value if made is None else made
 
 
 def taken(value: Tensor, index: Mapping[int, Tensor]) -> Tensor:

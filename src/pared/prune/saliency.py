@@ -60,17 +60,17 @@ def filters(group: Group, evidence: Evidence) -> Iterator[Tensor]:
     whole = [member for member in members if evidence.tensors[member.tensor].ndim > 1]
     for member in whole or members:
         units = evidence.channels.tensors[member.tensor, member.dim]
-        yield gather(evidence.tensors[member.tensor].double(), member.dim, units, group).flatten(1)
+        yield gather(evidence.tensors[member.tensor], member.dim, units, group).flatten(1).double()
 
 
 def l1(group: Group, evidence: Evidence) -> Tensor | None:
     """Sum of absolute weights. Source: Li et al. 2017, arXiv:1608.08710."""
-    return combine([rows.abs().sum(1) for rows in filters(group, evidence)])
+    return combine([torch.linalg.vector_norm(rows, 1, dim=1) for rows in filters(group, evidence)])
 
 
 def l2(group: Group, evidence: Evidence) -> Tensor | None:
     """Euclidean norm of the weights. Source: He et al. 2018, arXiv:1808.06866."""
-    return combine([rows.square().sum(1).sqrt() for rows in filters(group, evidence)])
+    return combine([torch.linalg.vector_norm(rows, 2, dim=1) for rows in filters(group, evidence)])
 
 
 def std(group: Group, evidence: Evidence) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pared.errors import PlanError, PruneError, SettingError
 from pared.graph.capture import capture
@@ -18,13 +19,14 @@ from pared.graph.labels import find_channels
 from pared.graph.units import UNREAD
 from pared.prune.budgets import Choice, candidates, shown
 from pared.prune.choosing import ROUND_TO, Chooser
-from pared.prune.constants import constants_of, fold
-from pared.prune.edits import Fitted, edits_of
-from pared.prune.exact import difference
+from pared.prune.constants import Constants, constants_of, fold
+from pared.prune.edits import edits_of, hides
+from pared.prune.exact import Difference, difference
 from pared.prune.ratios import Equal, Ratios, Sensitivity, Widths, named_ratios
 from pared.prune.saliency import criterion_of, needs_of
-from pared.step import Context, Need, Plan, Skip, settings, settings_of
+from pared.step import Context, Edit, Need, Plan, Skip, settings, settings_of
 from pared.surgery import apply_edits, duplicate
+from pared.task import Task
 
 # How often groups are given up, since a forward does not run without their channels, before the model is.
 ATTEMPTS = 12
@@ -135,33 +137,23 @@ class PruneChannels:
                 if not any(isinstance(step, PruneChannels) for step in ctx.later):
                     raise nothing_to_prune((*unmoved, *skips, *channels.skips))
                 choice = dataclasses.replace(choice, notes=(*choice.notes, left_to_later(unmoved)))
-            fitted = edits_of(model, channels, choice.keep, ctx.task)
-            if not fitted.pins:
+            found = proved(model, channels, choice.keep, ctx.task)
+            if isinstance(found, Proved):
                 ctx.progress("prune", attempt + 1, attempt + 1, "channels chosen, edits proved")
                 facts = {"pins": {name: placeless(why) for name, why in pins.items()}, **measured, "warnings": guesses}
-                return self.planned(chooser, choice, fitted, (*channels.skips, *skips, *unmoved), facts)
-            pins |= fitted.pins
+                return self.planned(chooser, choice, found, (*channels.skips, *skips, *unmoved), facts)
+            pins |= found
         raise PlanError(
             f"PruneChannels: after {ATTEMPTS} attempts the model still does not run without channels: "
             f"{list(pins.values())[-1]}; exclude the layers that are named"
         )
 
     def planned(
-        self, chooser: Chooser, choice: Choice, fitted: Fitted, skips: tuple[Skip, ...], facts: dict[str, Any]
+        self, chooser: Chooser, choice: Choice, found: Proved, skips: tuple[Skip, ...], facts: dict[str, Any]
     ) -> Plan:
         """The plan of a choice whose edits are proved."""
         channels, model, keep, ctx = chooser.channels, chooser.model, choice.keep, chooser.ctx
-        constants = constants_of(model, channels, keep, ctx.task)
-        bare = apply_edits(model, fitted.edits, {})
-        pruned = fold(bare, model, channels, keep, constants)
-        # Proved on a copy whose biases are not rounded to the model's own dtype again.
-        proof = fold(duplicate(bare).double(), model, channels, keep, constants)
-        apart = difference(model, proof, channels, keep, ctx.task, folded=constants.folded)
-        if not apart.exact:
-            raise PruneError(
-                f"PruneChannels: with the constants of removed channels taken in, the model is {apart.relative:.1e} "
-                f"from the masked one, where rounding explains {apart.tolerance:.0e}; please report this model"
-            )
+        constants = found.constants
         dense, params, macs = chooser.dense, chooser.params(keep), chooser.work(keep)
         widths = {g.name: [choice.sizes[g.name] * g.width, g.size * g.width] for g in channels.groups}
         changed = [group for group in channels.groups if choice.sizes[group.name] < group.size]
@@ -170,7 +162,7 @@ class PruneChannels:
         plan = Plan(
             step="PruneChannels",
             settings=settings_of(self),
-            edits=fitted.edits,
+            edits=found.edits,
             skips=tuple(Skip(skip.module, placeless(skip.reason)) for skip in (*skips, *unjudged)),
             facts={
                 "dense": dataclasses.asdict(dense),
@@ -178,7 +170,7 @@ class PruneChannels:
                 "widths": widths,
                 "params": params / dense.params,
                 "macs": macs / dense.macs,
-                "difference": apart.relative,
+                "difference": found.difference.relative,
                 "taken_in": int(constants.folded.sum()),
                 "constants": dict(constants.left),
                 "approximate": {
@@ -190,7 +182,7 @@ class PruneChannels:
             },
             estimate=ctx.dry and bool(guesses or ctx.history),
         )
-        ctx.memo["PruneChannels"] = (plan, model, pruned)
+        ctx.memo["PruneChannels"] = (plan, model, found.pruned)
         return plan
 
     def apply(self, model: nn.Module, plan: Plan, ctx: Context) -> nn.Module:
@@ -213,6 +205,65 @@ class PruneChannels:
             keep[groups[name].units] = part
         constants = constants_of(model, channels, keep, ctx.task)
         return fold(apply_edits(model, plan.edits, {}), model, channels, keep, constants)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proved:
+    """A model without some of its units, and the proof that it is the masked original.
+
+    Attributes:
+        edits: What makes it.
+        constants: What removed units left behind.
+        pruned: The model, constants taken in.
+        difference: From the masked original.
+    """
+
+    edits: tuple[Edit, ...]
+    constants: Constants
+    pruned: nn.Module
+    difference: Difference
+
+
+def proved(model: nn.Module, channels: Channels, keep: Tensor, task: Task) -> Proved | Mapping[str, str]:
+    """The model without some units, proved; or tensors whose groups are in the way, with the reason.
+
+    One comparison with the masked original does for edits and constants together, but where zeros could hide a wrong
+    edit from it. There, and where it fails, edits are proved alone first, on a copy without zeros.
+
+    Raises:
+        PruneError: The edits are right, and the constants are not.
+    """
+    alone = hides(model, channels)
+    fitted = edits_of(model, channels, keep, task, prove=alone)
+    if fitted.pins:
+        return fitted.pins
+    if fitted.difference is None:
+        with contextlib.suppress(RuntimeError):
+            found = proof_of(model, channels, keep, task, fitted.edits)
+            if found.difference.exact:
+                return found
+        # What is wrong, and which groups are in the way, is told by the edits without the constants.
+        fitted = edits_of(model, channels, keep, task)
+        if fitted.pins:
+            return fitted.pins
+    found = proof_of(model, channels, keep, task, fitted.edits)
+    if not found.difference.exact:
+        apart = found.difference
+        raise PruneError(
+            f"PruneChannels: with the constants of removed channels taken in, the model is {apart.relative:.1e} "
+            f"from the masked one, where rounding explains {apart.tolerance:.0e}; please report this model"
+        )
+    return found
+
+
+def proof_of(model: nn.Module, channels: Channels, keep: Tensor, task: Task, edits: tuple[Edit, ...]) -> Proved:
+    """The edited model with the constants taken in, compared with the masked original."""
+    constants = constants_of(model, channels, keep, task)
+    bare = apply_edits(model, edits, {})
+    # Compared on a copy whose biases are not rounded to the model's own dtype again.
+    exact = fold(duplicate(bare).double(), model, channels, keep, constants)
+    apart = difference(model, exact, channels, keep, task, folded=constants.folded)
+    return Proved(edits, constants, fold(bare, model, channels, keep, constants), apart)
 
 
 def quantized_in(history: Sequence[Plan]) -> bool:
