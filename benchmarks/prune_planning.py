@@ -1,12 +1,13 @@
 """How long half of the channels of a ResNet take to choose and cut: pared beside Torch-Pruning, in turn.
 
-    python benchmarks/prune_planning.py [--rounds 5] [--tool pared]
+    python benchmarks/prune_planning.py [--rounds 5] [--tool pared] [--plot]
 
 pared's time is that of what both do: capture, groups, scores by L1, the choice, and the edits, found and tried on
-shapes. What `plan` takes with the proof in float64 and the constants of removed channels, of which Torch-Pruning has
-neither, stands beside it. Torch-Pruning plans as it prunes: the time of its pruner's construction and one step, on a
-copy made before the clock starts. All run in this process on one thread, A B C C B A, after a round that is not
-counted. The interval is that of the mean of the logarithms of the rounds' ratios, by Student's t.
+shapes. Beside it stand what `plan` takes with the proof in float64 and the constants of removed channels, of which
+Torch-Pruning has neither, and what `torch.export` takes, which is a part of both. Torch-Pruning plans as it prunes: the
+time of its pruner's construction and one step, on a copy made before the clock starts. All run in this process on one
+thread, A B C D D C B A, after a round that is not counted. The interval is that of the mean of the logarithms of the
+rounds' ratios, by Student's t. At the end `docs/prune_planning.svg` is drawn; `--plot` draws it again from the JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 import logging
 import math
 import statistics
@@ -25,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Results
+from depth_plot import depth_plot
+from harness import RESULTS, Results
 from prune_classifiers import FOLDERS, ISSUE, OWN, RATIO, RIVAL, prune_rival
 from torch import Tensor, nn
 
@@ -66,8 +69,15 @@ def plan_rival(model: nn.Module, x: Tensor) -> None:
     prune_rival(model, x, Path())
 
 
-PROVED = "pared, plan and proof"
-TOOLS = {OWN: choose_pared, RIVAL: plan_rival, PROVED: plan_pared}
+def export_alone(model: nn.Module, x: Tensor) -> None:
+    """The export as `pared.graph.capture` asks for it."""
+    with torch.no_grad():
+        torch.export.export(model, (torch.cat([x, x]),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+
+
+PROVED, EXPORT = "pared, plan and proof", "torch.export alone"
+TOOLS = {OWN: choose_pared, RIVAL: plan_rival, PROVED: plan_pared, EXPORT: export_alone}
+PLOT = Path(__file__).parents[1] / "docs" / "prune_planning.svg"
 
 
 def timed(tool: str, model: nn.Module, x: Tensor) -> float:
@@ -103,6 +113,7 @@ def measure(name: str, tools: list[str], rounds: int) -> dict[str, Any]:
     row |= {"seconds": {tool: statistics.median(taken) for tool, taken in seconds.items()}, "all": seconds}
     if len(tools) > 1:
         row["ratio"] = ratio(seconds[OWN], seconds[RIVAL])
+        row["export_ratio"] = ratio(seconds[EXPORT], seconds[RIVAL])
     return row
 
 
@@ -110,8 +121,9 @@ def claim(results: Results) -> None:
     """The line of issue 5. Ratios count by the end of their interval that favours the bound."""
     results.claims = []
     rows = {row["model"]: row for row in results.rows}
-    found = rows["resnet50"]["ratio"]
-    what = f"planning of ResNet-50, time over Torch-Pruning's ({found['value']:.2f} to {found['high']:.2f}), low end"
+    found, export = rows["resnet50"]["ratio"], rows["resnet50"]["export_ratio"]
+    shown = f"{found['value']:.2f} to {found['high']:.2f}; torch.export alone {export['value']:.2f}"
+    what = f"planning of ResNet-50, time over Torch-Pruning's ({shown}), low end"
     results.claim(ISSUE, what, found["low"], "<=", 1.0)
     shallow, deep = (rows[name] for name in ("resnet50", "resnet152"))
     grown = ratio(deep["all"][OWN], shallow["all"][OWN])
@@ -124,7 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, choices=range(3, 11))
     parser.add_argument("--tool", choices=TOOLS, help="this one alone; no claims, no JSON")
+    parser.add_argument("--plot", action="store_true", help="draw the plot again, from the JSON")
     options = parser.parse_args()
+    if options.plot:
+        rows = json.loads((RESULTS / "prune_planning.json").read_text(encoding="utf8"))["rows"]
+        PLOT.write_text(depth_plot(rows), encoding="utf8")
+        return
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -138,6 +155,7 @@ def main() -> None:
     for name in DEPTHS:
         results.add(measure(name, tools, options.rounds))
     claim(results)
+    PLOT.write_text(depth_plot(results.rows), encoding="utf8")
 
 
 if __name__ == "__main__":

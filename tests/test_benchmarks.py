@@ -15,14 +15,26 @@ COMMITTED = sorted((FOLDER / "results").glob("*.json"))
 RELATIONS = {">=": operator.ge, "<=": operator.le}
 
 
-@pytest.fixture(scope="module")
-def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("harness", FOLDER / "harness.py")
+def imported(name: str) -> ModuleType:
+    """A module of the benchmarks, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def harness() -> ModuleType:
+    return imported("harness")
+
+
+def test_committed_plot_is_what_the_committed_rows_draw() -> None:
+    rows = json.loads((FOLDER / "results" / "prune_planning.json").read_text(encoding="utf8"))["rows"]
+    drawn = (FOLDER.parent / "docs" / "prune_planning.svg").read_text(encoding="utf8")
+    assert drawn == imported("depth_plot").depth_plot(rows)
+    assert all(f"{row['model']}, {tool}: " in drawn for row in rows for tool in row["seconds"])
 
 
 def test_results_keep_rows_when_a_run_was_stopped(harness: ModuleType, tmp_path: Path) -> None:
