@@ -35,7 +35,7 @@ REFUSED = {
         for pattern in ("mlp", "attention_fused_qkv", "multihead_attention", "lstm", "tied_weights")
     },
     ("PruneChannels", "dict_output"): "body.0: its channels are the model's output",
-    ("PruneChannels", "multihead_attention"): "attention: its forward has a number of channels written into it",
+    ("PruneChannels", "multihead_attention"): "attention: nn.MultiheadAttention is as wide as its input",
 }
 # Settings that measure, and change nothing by themselves.
 MEASURES = {("QuantizeStatic", "sensitivity")}

@@ -218,6 +218,14 @@ def test_multihead_attention_must_stay_as_wide_as_its_input() -> None:
     assert {(m.tensor, m.dim) for m in channels.groups[0].members} >= {("token", 2), ("place", 2), ("scale", 0)}
 
 
+def test_multihead_attention_stays_whole_where_its_input_does() -> None:
+    channels = read(*ZOO["multihead_attention"]())
+    assert not channels.groups
+    assert {skip.module: skip.reason for skip in channels.skips}["attention"] == (
+        "nn.MultiheadAttention is as wide as its input, which always stays"
+    )
+
+
 def windows(model: nn.Module, x: Tensor) -> Tensor:
     """Swin's windows of 2 x 2, and back."""
     x = model.get_submodule("embed")(x).permute(0, 2, 3, 1)

@@ -61,6 +61,7 @@ def find_channels(
         scouted = read(program, model, Reading(scouting=True), {})
         free = rules_attention.heads_of(scouted, attention)
     reading = read(program, model, Reading(free=free), pinned or {})
+    rules_attention.pin_fixed_widths(reading, model)
     return collect(reading, program, model, rules_attention.equal_widths(reading))
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 
 from pared.graph.capture import operator, owner
 from pared.graph.macs import shape_of
-from pared.graph.reading import Atoms, Heads, Labels, Mode, Reading, Rule, argument
+from pared.graph.reading import Atoms, Heads, Labels, Mode, Reading, Rule, Split, argument
 from pared.graph.rules_contraction import contract
 from pared.graph.units import components
 
@@ -95,7 +95,21 @@ def equal_widths(reading: Reading) -> list[tuple[Atoms, Atoms]]:
 
     Forwards often take the one width for the other, so that they must stay equal.
     """
-    pairs = []
+    return [(label, split.whole) for split, label in read_by(reading) if label is not None]
+
+
+def pin_fixed_widths(reading: Reading, model: nn.Module) -> None:
+    """Pin the inside of every `nn.MultiheadAttention` whose input always stays: it refuses to be narrower than that."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for split, label in list(read_by(reading)):
+        module = modules.get(owner(split.node))
+        # With a weight for keys and one for values of their own, these may be as wide as they like.
+        if label is None and isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            reading.pin(split.whole, "nn.MultiheadAttention is as wide as its input, which always stays", exact=True)
+
+
+def read_by(reading: Reading) -> Iterator[tuple[Split, Atoms | None]]:
+    """Each attention's split, with the label of the equally wide input of its projection; None where that stays."""
     for key, (free, whole) in reading.free.items():
         split = reading.splits.get(key)
         if split is None or free not in split.sizes or whole not in split.sizes:
@@ -106,11 +120,10 @@ def equal_widths(reading: Reading) -> list[tuple[Atoms, Atoms]]:
             node = node.args[0] if node.args else None
             if isinstance(node, fx.Node) and operator(node) in PROJECTIONS:
                 x = node.args[1 if operator(node) == "aten.addmm" else 0]
-                label = reading.labels(x).get(1 if "conv" in operator(node) else len(shape_of(x)) - 1)
-                if label is not None and len(label) == width:
-                    pairs.append((label, split.whole))
+                dim = 1 if "conv" in operator(node) else len(shape_of(x)) - 1
+                if shape_of(x)[dim] == width:
+                    yield split, reading.labels(x).get(dim)
                     break
-    return pairs
 
 
 PROJECTIONS = ("aten.linear", "aten.addmm", "aten.matmul", "aten.mm", "aten.conv1d", "aten.conv2d", "aten.conv3d")
