@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 from pared.errors import PlanError
+from pared.prune import PruneChannels, Widths
 from pared.prune.timing import Clock, Journal, sizes_of
 from pared.step import Context
+from pared.targets.bench import bench
 from pared.targets.onnxruntime import OnnxRuntime
 from pared.task import Task
 
@@ -66,3 +70,27 @@ def test_a_journal_outlives_its_process_and_measures_only_what_it_lacks(tmp_path
     # Files timed in one turn are timed again together.
     assert again.recall(["b", "c"], lambda: [2.5, 3.0]) == [2.5, 3.0]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_latency_is_searched_for_in_the_runtime_itself_and_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real clock on real files: what is measured differs from run to run, how often and of what does not."""
+    monkeypatch.setattr("pared.prune.timing.bench", functools.partial(bench, rounds=4))
+    monkeypatch.setattr("pared.measure.latency.SITTINGS", 2)  # the fewest that an interval takes
+    monkeypatch.setattr("pared.targets.bench.peak_memory", lambda command: 1)  # one more process for each file
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))  # half of it or all, as multiples of 256
+    task = Task(example_inputs=torch.zeros(1, 512))
+    ctx = Context(task=task, target=OnnxRuntime(), work=tmp_path, dense=model, batch_size=32, threads=1)
+    step = PruneChannels(latency=0.8, widths=Widths(round_to=256))
+    plan = step.plan(model, ctx)
+    (journal,) = tmp_path.glob("latency-*.json")
+    measured, known = plan.facts["measured"], json.loads(journal.read_text())
+    assert 1 <= len(measured) == len(known) <= 10
+    assert sorted(row["latency"] for row in measured) == sorted(known.values())
+    assert all(latency > 0 for latency in known.values())
+    files = len(list(tmp_path.glob("timed-*/*.onnx")))
+    assert files == 1 + len(known)
+    again = step.plan(model, dataclasses.replace(ctx, memo={}))
+    assert again == plan
+    assert len(list(tmp_path.glob("timed-*/*.onnx"))) == files  # nothing was exported, so nothing was timed
