@@ -7,10 +7,10 @@ left in --work by the first process that decodes them. --work keeps the networks
 each resumable, rows are kept:
 
     dense     trains the network, one of each seed
-    small     trains one with all widths scaled down to the budget's multiply-accumulates, as often and as long
     tune      what to prune by, and the learning rate of fine-tuning, on validation, with the network of seed 0
     final     one-shot and iterative pruning, 15 epochs of fine-tuning in all, with and without the dense network as
-              teacher; the dense and the small network trained on for as long, in the same ways
+              teacher; the dense network trained on for as long, in the same ways; the pruned network's widths
+              trained anew, as long as the dense network and its fine-tuning (Liu et al. 2019, arXiv:1810.05270)
     criteria  every saliency criterion at the same budget, the same ratio in every layer, before and after fine-tuning
     latency   the networks of seed 0 in ONNX Runtime, in turn, and a latency budget kept; on the CPU of this machine
     claims    what the rows say of the issue's lines
@@ -55,21 +55,25 @@ NAME, ISSUE = "prune_cifar", 5
 WIDTHS = (16, 32, 64)
 DENSE_EPOCHS, DENSE_LR = 100, 0.1
 # Which layers lose how much. ONNX Runtime pads channels to 8 or 16: a network with 0.7 of every width ran slower than
-# the whole one, so widths are multiples of these. 0 makes the channels of the first stage, 6.body.3 those of the
-# second, 9.body.3 those of the last; the others are inside one block.
+# the whole one, so widths are multiples of 8, and those of the second stage of 16. 0 makes the channels of the first
+# stage, 6.body.3 those of the second, 9.body.3 those of the last; the others are inside one block.
 SHAPES: dict[str, dict[str, Any]] = {
-    "by 16": {"macs": 0.5, "widths": {"round_to": 16}},
-    "inside": {
-        "macs": 0.48,
-        "widths": {"round_to": 8, "limits": {"0": (1, 1), "6.body.3": (1, 1), "9.body.3": (0.75, 1)}},
-    },
     "second stage": {
-        "macs": 0.5,
+        "macs": 0.43,
         "widths": {"round_to": 8, "limits": {"0": (1, 1), "[678].body.[03]": (0.5, 0.5), "9.body.3": (1, 1)}},
     },
-    "second stage, less of the last": {
-        "macs": 0.5,
-        "widths": {"round_to": 8, "limits": {"0": (1, 1), "[678].body.[03]": (0.5, 0.5), "9.body.3": (0.75, 0.75)}},
+    "inside blocks": {
+        "macs": 0.43,
+        "widths": {
+            "round_to": 8,
+            "limits": {
+                "0": (1, 1),
+                "6.body.3": (1, 1),
+                "9.body.3": (1, 1),
+                "[345].body.0": (0.5, 0.5),
+                "[678].body.0": (0.5, 0.5),
+            },
+        },
     },
 }
 BUDGET: dict[str, Any] = {"macs": 0.45, "widths": {"round_to": 8}}  # the criteria's, the same ratio everywhere
@@ -78,9 +82,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     for shape, settings in SHAPES.items()
     for saliency in ("l1", "taylor")
 }
-SMALL = 0.5  # of the multiply-accumulates
 CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
-RATES = (0.05, 0.1)
 ROUNDS = {"one-shot": (15,), "iterative": (3, 3, 9)}  # epochs of fine-tuning after each prune
 EPOCHS = 15
 TAUGHT = "taught"
@@ -93,12 +95,12 @@ KEYS = ("phase", "kind", "setting", "seed")
 # --- networks ----------------------------------------------------------------------------------------------------
 
 
-def resnet20(widths: Sequence[int] = WIDTHS) -> nn.Module:
+def resnet20() -> nn.Module:
     """20 layers for images of 32 x 32, with projections where the width changes: 272 thousand parameters, 41 M MACs.
 
     Source: He et al. 2016, arXiv:1512.03385, section 4.2. Deviation: projections (their option B), not zeros.
     """
-    a, b, c = widths
+    a, b, c = WIDTHS
     forms = [(a, a, 1)] * 3 + [(a, b, 2), (b, b, 1), (b, b, 1)] + [(b, c, 2), (c, c, 1), (c, c, 1)]
     stages = [Residual(*form) for form in forms]
     return nn.Sequential(*block(3, a), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
@@ -112,16 +114,9 @@ def counted(model: nn.Module) -> Totals:
     return totals(count(model.eval(), (example()[:1],)))
 
 
-def small_widths() -> tuple[int, ...]:
-    """The widest network of this shape within the budget, all widths scaled by the same factor."""
-    most = SMALL * counted(resnet20()).macs
-    scaled = ([round(width * part / 256) for width in WIDTHS] for part in range(256, 0, -1))
-    return next(tuple(widths) for widths in scaled if counted(resnet20(widths)).macs <= most)
-
-
-def fresh(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
+def fresh(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return resnet20(widths)
+    return resnet20()
 
 
 def kept_as(kind: str, seed: int) -> Path:
@@ -134,15 +129,15 @@ def load(kind: str, seed: int) -> nn.Module:
     if not file.exists():
         raise FileNotFoundError(f"no network at {file}; run the phase that trains it first")
     plans = file.with_suffix(".json")
-    beside = json.loads(plans.read_text(encoding="utf8")) if plans.exists() else {"widths": WIDTHS, "plans": []}
-    model = resnet20(beside["widths"])
-    for data in beside["plans"]:
+    model = resnet20()
+    for data in json.loads(plans.read_text(encoding="utf8"))["plans"]:
         model = apply_edits(model, Plan.from_json(data).edits, {})
     model.load_state_dict(load_file(file))
     return model.eval()
 
 
-def save(model: nn.Module, kind: str, seed: int, plans: Sequence[Plan], widths: Sequence[int]) -> None:
+def save(model: nn.Module, kind: str, seed: int, plans: Sequence[Plan], widths: Sequence[int] = WIDTHS) -> None:
+    """A network beside what makes its shape: the widths it was built with, and the plans of its prunes."""
     file = kept_as(kind, seed)
     beside = {"widths": list(widths), "plans": [plan.to_json() for plan in plans]}
     file.with_suffix(".json").write_text(json.dumps(beside), encoding="utf8")
@@ -184,15 +179,13 @@ def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Mod
         hardware=Hardware(precision=OPTIONS.precision),
         during=(pared.Distill(temperature=4, alpha=0.9),) if taught else (),
     )
-    with tempfile.TemporaryDirectory() as work:
-        ctx = Context(
-            task=data().task(4),
-            target=find_target("onnxruntime"),
-            work=Path(work),
-            dense=dense or model,
-            seed=job["seed"],
-        )
-        return step.apply(model, step.plan(model, ctx), ctx).to("cpu").eval()
+    work = OPTIONS.work / "trainings"  # a training that was cut off goes on from its last epoch
+    work.mkdir(exist_ok=True)
+    ctx = Context(
+        task=data().task(4), target=find_target("onnxruntime"), work=work, dense=dense or model, seed=job["seed"]
+    )
+    model = model.to(memory_format=torch.channels_last)  # a quarter faster on a CPU with bf16
+    return step.apply(model, step.plan(model, ctx), ctx).to("cpu", memory_format=torch.contiguous_format).eval()
 
 
 def planning_task() -> pared.Task:
@@ -227,26 +220,41 @@ def pruned(
 
 
 def run_dense(job: Mapping[str, Any]) -> dict[str, Any]:
-    widths = WIDTHS if job["kind"] == "dense" else small_widths()
-    model = trained(fresh(job["seed"], widths), OPTIONS.dense_epochs, job)
-    save(model, job["kind"], job["seed"], (), widths)
+    model = trained(fresh(job["seed"]), OPTIONS.dense_epochs, job)
+    save(model, job["kind"], job["seed"], ())
     return {"epochs": OPTIONS.epochs or OPTIONS.dense_epochs, **judged(model)}
 
 
 def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The dense or the small network, trained on; taught by the dense one or not."""
-    kind, dense = job["kind"].split(",")[0], load("dense", job["source"])
-    model = trained(load(kind, job["source"]), EPOCHS, job, dense)
+    """The dense network, trained on; taught by itself or not."""
+    dense = load("dense", job["source"])
+    epochs = OPTIONS.tune_epochs if job["phase"] == "tune" else EPOCHS
+    model = trained(dense, epochs, job, dense)
     if job["phase"] == "final":
-        save(model, job["kind"], job["seed"], (), WIDTHS if kind == "dense" else small_widths())
-    return {"epochs": OPTIONS.epochs or EPOCHS, **judged(model, job)}
+        save(model, job["kind"], job["seed"], ())
+    return {"epochs": OPTIONS.epochs or epochs, **judged(model, job)}
+
+
+def run_small(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The one-shot network's widths with fresh weights: trained as the dense one was, then as a pruned one is."""
+    dense, ending = load("dense", job["source"]), job["kind"].removeprefix("small")
+    model = load("one-shot" + ending, job["seed"])
+    torch.manual_seed(job["seed"])
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    model = trained(model, OPTIONS.dense_epochs, {**job, "kind": "small", "lr": OPTIONS.dense_lr})
+    model = trained(model, EPOCHS, job, dense)
+    beside = json.loads(kept_as("one-shot" + ending, job["seed"]).with_suffix(".json").read_text(encoding="utf8"))
+    save(model, job["kind"], job["seed"], [Plan.from_json(plan) for plan in beside["plans"]])
+    return {"epochs": 2 * OPTIONS.epochs or OPTIONS.dense_epochs + EPOCHS, **judged(model, job)}
 
 
 def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     """The dense network pruned and fine-tuned, in one round or several."""
     dense = load("dense", job["source"])
     model, plans, facts = dense, [], {}
-    rounds = ROUNDS[job["kind"].split(",")[0]]
+    rounds = ROUNDS[job["kind"].split(",")[0]] if job["phase"] != "tune" else (OPTIONS.tune_epochs,)
     for number, epochs in enumerate(rounds, 1):
         fraction = number / len(rounds)
         model, plan = pruned(model, dense, job["choice"], fraction, plans, job["seed"])
@@ -255,7 +263,7 @@ def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
             facts = {"before": data().accuracy(model, "test")}
         model = trained(model, epochs, job, dense)
     if job["phase"] == "final":
-        save(model, job["kind"], job["seed"], plans, WIDTHS)
+        save(model, job["kind"], job["seed"], plans)
     widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
     return {
         "epochs": (OPTIONS.epochs or 0) * len(rounds) or sum(rounds),
@@ -300,24 +308,25 @@ def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse
 
 
 def job_of(run: Callable[..., Any], phase: str, kind: str, seed: int, lr: float, **rest: Any) -> dict[str, Any]:
-    """A job; `source` is the seed of the dense network that it starts from."""
-    made = {"run": run, "phase": phase, "kind": kind, "setting": "", "seed": seed, "lr": lr, "source": seed}
-    return made | rest
+    """A job. `source` is the seed of the dense network that it starts from."""
+    made = {"run": run, "phase": phase, "kind": kind, "setting": "", "seed": seed, "lr": lr}
+    return {**made, "source": seed, **rest}
 
 
 # --- phases ------------------------------------------------------------------------------------------------------
 
 
-def train_dense(kind: str, results: Results, options: argparse.Namespace) -> None:
-    jobs = [job_of(run_dense, kind, kind, seed, options.dense_lr) for seed in range(options.seeds)]
+def train_dense(results: Results, options: argparse.Namespace) -> None:
+    jobs = [job_of(run_dense, "dense", "dense", seed, options.dense_lr) for seed in range(options.dense_seeds)]
     work_through(jobs, results, options)
 
 
 def tune(results: Results, options: argparse.Namespace) -> None:
     jobs = []
-    for lr in RATES[:1] if options.quick else RATES:
+    for lr in options.rates:
         rest: dict[str, Any] = {"seed": TUNING_SEED, "lr": lr, "source": 0}
-        jobs.append(job_of(run_longer, "tune", "dense, trained on", setting=f"lr {lr}", **rest))
+        if len(options.rates) > 1:
+            jobs.append(job_of(run_longer, "tune", "dense, trained on", setting=f"lr {lr}", **rest))
         jobs += [
             job_of(run_pruned, "tune", "one-shot", setting=f"{name}, lr {lr}", choice=choice, **rest)
             for name, choice in CHOICES.items()
@@ -336,24 +345,37 @@ def best(results: Results, kind: str, choice: str = "") -> tuple[str, float]:
 
 
 def final(results: Results, options: argparse.Namespace) -> None:
-    (name, lr), (_, rate) = best(results, "one-shot", options.choice), best(results, "dense, trained on")
+    name, lr = best(results, "one-shot", options.choice)
+    rate = best(results, "dense, trained on")[1] if len(options.rates) > 1 else lr
     jobs = []
     for seed in range(options.seeds):
+        source = seed % options.dense_seeds
         for ending in ("", f", {TAUGHT}"):
             jobs += [
-                job_of(run_pruned, "final", kind + ending, seed, lr, choice=CHOICES[name], setting=name)
+                job_of(run_pruned, "final", kind + ending, seed, lr, choice=CHOICES[name], setting=name, source=source)
                 for kind in ROUNDS
             ]
             jobs += [
-                job_of(run_longer, "final", f"{kind}, trained on{ending}", seed, rate) for kind in ("dense", "small")
+                job_of(run_longer, "final", "dense, trained on" + ending, seed, rate, source=source),
+                job_of(run_small, "final", "small" + ending, seed, rate, source=source),
             ]
-    work_through(jobs, results, options)
+    wanted = [job for job in jobs if not options.only or job["kind"] in options.only]
+    work_through(wanted, results, options)
 
 
 def criteria(results: Results, options: argparse.Namespace) -> None:
     lr = best(results, "one-shot")[1]
     jobs = [
-        job_of(run_pruned, "criteria", "one-shot", seed, lr, setting=name, choice={**BUDGET, "saliency": name})
+        job_of(
+            run_pruned,
+            "criteria",
+            "one-shot",
+            seed,
+            lr,
+            setting=name,
+            choice={**BUDGET, "saliency": name},
+            source=seed % options.dense_seeds,
+        )
         for seed in range(options.seeds)
         for name in CRITERIA
     ]
@@ -364,7 +386,7 @@ def latency(results: Results, options: argparse.Namespace) -> None:
     import prune_latency
 
     set_up(options)
-    kinds = dict.fromkeys(row["kind"] for row in results.rows if row["phase"] in ("dense", "small", "final"))
+    kinds = dict.fromkeys(row["kind"] for row in results.rows if row["phase"] in ("dense", "final"))
     results.rows = [row for row in results.rows if row["phase"] not in ("latency", "budget")]
     models = {kind: load(kind, 0) for kind in kinds}
     start = time.perf_counter()
@@ -383,7 +405,7 @@ def latency(results: Results, options: argparse.Namespace) -> None:
 
 def mean_of(results: Results, kind: str, column: str = "test") -> float:
     """The mean over the seeds."""
-    rows = [row for row in results.rows if row["kind"] == kind and row["phase"] in ("dense", "small", "final")]
+    rows = [row for row in results.rows if row["kind"] == kind and row["phase"] in ("dense", "final")]
     return statistics.fmean(row[column] for row in rows) if rows else float("nan")
 
 
@@ -404,7 +426,7 @@ def claims(results: Results, _options: argparse.Namespace) -> None:
                 ">=",
                 2.0,
             )
-            small = mean_of(results, "small, trained on" + ending)
+            small = mean_of(results, "small" + ending)
             what = f"{kind}: points below the better of the dense network ({whole:.2f}) and the same trained on"
             claim(
                 f"{what} ({longer:.2f}); a small dense one {better - small:.2f} below",
@@ -433,8 +455,7 @@ def worst_macs(results: Results, kind: str) -> int:
 
 
 PHASES: dict[str, Callable[[Results, argparse.Namespace], None]] = {
-    "dense": functools.partial(train_dense, "dense"),
-    "small": functools.partial(train_dense, "small"),
+    "dense": train_dense,
     "tune": tune,
     "final": final,
     "criteria": criteria,
@@ -465,6 +486,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--precision", choices=("32", "bf16"), default="32")
     parser.add_argument("--dense-epochs", type=int, default=DENSE_EPOCHS)
+    parser.add_argument(
+        "--dense-seeds", type=int, default=2, help="networks to prune; seeds beyond them start from these"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.1], help="of fine-tuning, to choose from")
+    parser.add_argument("--tune-epochs", type=int, default=EPOCHS, help="of each choice in the phase tune")
+    parser.add_argument("--only", nargs="*", default=(), help="kinds of the phase final")
     parser.add_argument("--dense-lr", type=float, default=DENSE_LR)
     parser.add_argument("--choice", default="", choices=("", *CHOICES), help="to prune by, not the best on validation")
     parser.add_argument("--samples", type=int, default=0, help="only so many of each part")
