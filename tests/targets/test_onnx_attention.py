@@ -74,6 +74,64 @@ def test_file_agrees_with_the_model_whatever_the_mask(kind: str, fused: int, tmp
     assert abs(found - expected).max() < 1e-5
 
 
+class Windows(nn.Module):
+    """Attention whose batch and heads are any number of dimensions, as between the tokens of windows."""
+
+    def __init__(self, sizes: tuple[int, ...], *, biased: bool = False) -> None:
+        super().__init__()
+        self.sizes, self.qkv = sizes, nn.Linear(WIDTH, 3 * WIDTH)
+        self.bias = nn.Parameter(torch.randn(sizes[-1] if sizes else 1, 1, 1)) if biased else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        parts = self.qkv(x).chunk(3, dim=-1)
+        if self.sizes:
+            shape = (n, length, *self.sizes, -1)
+            parts = [part.view(shape).movedim(1, -2) for part in parts]
+        mixed = F.scaled_dot_product_attention(*parts, attn_mask=self.bias)
+        return (mixed.movedim(-2, 1) if self.sizes else mixed).reshape(n, length, width)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "biased"), [((), False), ((2,), True), ((2, 2), False), ((2, 2), True), ((2, 1, 2), False)]
+)
+def test_file_agrees_with_the_model_when_heads_are_not_one_of_four_dimensions(
+    sizes: tuple[int, ...], biased: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, path = Windows(sizes, biased=biased).eval(), tmp_path / "model.onnx"
+    task = Task(example_inputs=torch.randn(2, 5, WIDTH), dynamic={0: {1: "length"}})
+    OnnxRuntime().export(model, task, path)
+    x = torch.randn(3, 9, WIDTH)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy()])
+    # float32 sums of some dozen products of numbers about 1
+    assert abs(found - expected).max() < 1e-5
+
+
+def test_attention_with_a_mask_for_all_samples_can_be_written_when_its_heads_are_joined(tmp_path: Path) -> None:
+    class Relative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.bias = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(HEADS, 5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, length, width = x.shape
+            q, k, v = self.qkv(x).reshape(n, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias[None])
+            return mixed.transpose(1, 2).reshape(n, length, width)
+
+    torch.manual_seed(0)
+    model, path, x = Relative().eval(), tmp_path / "model.onnx", torch.randn(3, 5, WIDTH)
+    OnnxRuntime().export(model, Task(example_inputs=x[:1]), path)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy()])
+    # float32 sums of some dozen products of numbers about 1
+    assert abs(found - expected).max() < 1e-5
+
+
 def test_attention_is_fused_when_what_it_makes_is_rounded_on_its_way_to_the_next_layer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Attention("masked").eval()

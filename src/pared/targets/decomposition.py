@@ -70,5 +70,25 @@ def decomposed_where_needed(program: ExportedProgram, table: Any = None) -> Expo
     targets = {node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
     if table is not None and targets.isdisjoint(table) and WRITTEN_AS_THEY_ARE.issuperset(map(str, targets)):
         return program
+    for graph in graphs:
+        copy_before_views(graph)
     decomposed: ExportedProgram = ExportedProgram.run_decompositions(program, table)
     return decomposed
+
+
+def copy_before_views(graph: fx.GraphModule) -> None:
+    """Copy what a view takes of transposed values, in place; the exporter drops the copies again.
+
+    Attention may lay out what it makes so that its transpose has a view as another shape. Taken apart it does not.
+    """
+    moved = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+    shaped = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+    for node in graph.graph.nodes:
+        if node.target in shaped and node.args[0].target in moved:
+            with graph.graph.inserting_before(node):
+                copied = graph.graph.call_function(
+                    torch.ops.aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format}
+                )
+            copied.meta = dict(node.args[0].meta)
+            node.replace_input_with(node.args[0], copied)
+    graph.recompile()

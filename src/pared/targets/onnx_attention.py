@@ -1,7 +1,8 @@
 """ONNX for attention: one MultiHeadAttention where ONNX would have a dozen transposes, products and masks.
 
 Before the exporter sees a program, attention between heads that are split and joined as every transformer does it gives
-way to one operator of ours; `table` translates it. Attention that is written otherwise stays as it is.
+way to one operator of ours; `table` translates it. Attention that is written otherwise stays as it is, in the four
+dimensions that the exporter knows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def attend_in_one(program: ExportedProgram) -> ExportedProgram:
     for node in list(graph.nodes):
         if operator(node) == "aten.scaled_dot_product_attention":
             rewrite(graph, node)
+            if node.users:
+                in_four_dimensions(graph, node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
@@ -57,6 +60,46 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> None:
         new = graph.call_function(torch.ops.pared.attention.default, arguments)
     new.meta = {**last.meta}
     last.replace_all_uses_with(new)
+
+
+def in_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
+    """Let attention have one dimension of batches and one of heads, where it has more, as for windows, or fewer.
+
+    A mask with batches of its own would have to be repeated: such attention stays as it is.
+    """
+    ndim, mask, operands = node.meta["val"].ndim, settings(node)[0], [*node.args[:3]]
+    masked = mask.meta["val"].ndim if isinstance(mask, fx.Node) else 0
+    if ndim == 4 or masked >= min(ndim, 4) or any(arg.meta["val"].ndim != ndim for arg in operands):  # type: ignore[union-attr]
+        return
+
+    def size(value: Any, dim: int) -> Any:
+        known = value.meta["val"].shape[dim]
+        if isinstance(known, int):
+            return known
+        found = graph.call_function(torch.ops.aten.sym_size.int, (value, dim))
+        found.meta["val"] = known
+        return found
+
+    def reshaped(value: Any, sizes: list[Any]) -> fx.Node:
+        numbers = [item.meta["val"] if isinstance(item, fx.Node) else item for item in sizes]
+        new = graph.call_function(torch.ops.aten.reshape.default, (value, sizes))
+        new.meta = {**value.meta, "val": value.meta["val"].reshape(numbers)}
+        return new
+
+    with graph.inserting_before(node):
+        heads = [[1] if ndim == 3 else [size(arg, ndim - 3)] for arg in operands]
+        flat = [
+            reshaped(arg, [-1, *number, size(arg, ndim - 2), size(arg, ndim - 1)])
+            for arg, number in zip(operands, heads, strict=True)
+        ]
+        middle = [size(operands[0], dim) for dim in range(1, ndim - 1)]
+        last = size(operands[2], ndim - 1)
+        new = graph.call_function(node.target, (*flat, *node.args[3:]), dict(node.kwargs))  # type: ignore[arg-type]
+        new.meta = {
+            **node.meta,
+            "val": node.meta["val"].reshape(-1, *flat[0].meta["val"].shape[1:3], flat[2].meta["val"].shape[3]),
+        }
+        node.replace_all_uses_with(reshaped(new, [-1, *middle, last]))
 
 
 def split(value: Any) -> fx.Node | None:
