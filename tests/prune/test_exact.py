@@ -141,3 +141,26 @@ def test_weights_are_standardized_over_kept_channels_when_channels_are_removed()
     keep = half(channels)
     pruned = apply_edits(model, structure_of(channels, keep), {})
     assert difference(model, pruned, channels, keep, task).relative < 1e-13
+
+
+class OneHead(nn.Module):
+    """Attention without heads, whose scale is left to PyTorch: one over the root of the width."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale, self.qkv, self.out = scale, nn.ModuleList(nn.Linear(6, 16) for _ in range(3)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x)[:, None] for part in self.qkv)
+        return self.out(F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0])
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_attention_is_scaled_by_its_kept_channels_when_the_forward_gives_no_scale(scale: float | None) -> None:
+    torch.manual_seed(0)
+    model, task = OneHead(scale).eval(), Task(example_inputs=torch.randn(2, 5, 6))
+    channels = channels_of(model, task)
+    keep = half(channels)
+    pruned = apply_edits(model, structure_of(channels, keep), {})
+    assert [layer.out_features for layer in pruned.qkv] == [8, 8, 8]
+    assert difference(model, pruned, channels, keep, task).relative < 1e-13  # two layers and a softmax: 2e-16 each

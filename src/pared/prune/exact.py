@@ -262,6 +262,8 @@ class Masked(fx.Interpreter):
             args, kwargs = fx.node.map_arg((n.args, n.kwargs), read)
             if name in MAKERS or name in SCALES:
                 args = tuple(self.silent(n, place, value) for place, value in enumerate(args))
+            if name == "scaled_dot_product_attention":
+                kwargs = {**kwargs, **self.scale_of_kept(n)}
             return self.call_function(n.target, args, kwargs)
         if name in VIEWS and isinstance(n.args[1], (list, tuple)):
             # Kernels of another dtype may lay their results out otherwise than those that the graph was made with.
@@ -283,6 +285,14 @@ class Masked(fx.Interpreter):
             return value
         out = 1 if "transpose" in operator(node) else 0
         return zeroed(value, {dim: where for dim, where in self.removed(held, self.folded).items() if dim == out})
+
+    def scale_of_kept(self, node: fx.Node) -> dict[str, float]:
+        """The scale of an attention that takes it from the width of its heads: that of the kept channels."""
+        query: Any = node.args[0]
+        where = self.removed(query, self.gone).get(query.meta["val"].ndim - 1)
+        if where is None or node.kwargs.get("scale") is not None:
+            return {}
+        return {"scale": float((~where).sum()) ** -0.5}
 
     def over_kept(self, node: fx.Node, name: str) -> Any:
         """A norm or a mean whose statistics run over kept channels alone."""
