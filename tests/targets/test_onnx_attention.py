@@ -93,7 +93,7 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "biased"), [((), False), ((2,), True), ((2, 2), False), ((2, 2), True), ((2, 1, 2), False)]
+    ("sizes", "biased"), [((), False), ((), True), ((2,), True), ((2, 2), False), ((2, 2), True), ((2, 1, 2), False)]
 )
 def test_file_agrees_with_the_model_when_heads_are_not_one_of_four_dimensions(
     sizes: tuple[int, ...], biased: bool, tmp_path: Path
@@ -108,6 +108,19 @@ def test_file_agrees_with_the_model_when_heads_are_not_one_of_four_dimensions(
     (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy()])
     # float32 sums of some dozen products of numbers about 1
     assert abs(found - expected).max() < 1e-5
+
+
+def test_attention_without_a_dimension_of_heads_can_have_a_mask_for_each_sample(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.transpose(1, 2))
+
+    torch.manual_seed(0)
+    path, x = tmp_path / "model.onnx", torch.randn(3, 5, WIDTH)
+    OnnxRuntime().export(Own(), Task(example_inputs=x[:2]), path)
+    (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy()])
+    # float32 sums of some dozen products of numbers about 1
+    assert abs(found - Own()(x).numpy()).max() < 1e-5
 
 
 def test_attention_with_a_mask_for_all_samples_can_be_written_when_its_heads_are_joined(tmp_path: Path) -> None:

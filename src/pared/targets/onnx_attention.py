@@ -65,11 +65,11 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> None:
 def in_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
     """Let attention have one dimension of batches and one of heads, where it has more, as for windows, or fewer.
 
-    A mask with batches of its own would have to be repeated: such attention stays as it is.
+    A mask of more than three dimensions would have to be repeated: such attention stays as it is.
     """
     ndim, mask, operands = node.meta["val"].ndim, settings(node)[0], [*node.args[:3]]
     masked = mask.meta["val"].ndim if isinstance(mask, fx.Node) else 0
-    if ndim == 4 or masked >= min(ndim, 4) or any(arg.meta["val"].ndim != ndim for arg in operands):  # type: ignore[union-attr]
+    if ndim == 4 or masked > 3 or any(arg.meta["val"].ndim != ndim for arg in operands):  # type: ignore[union-attr]
         return
 
     def size(value: Any, dim: int) -> Any:
@@ -94,7 +94,12 @@ def in_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
         ]
         middle = [size(operands[0], dim) for dim in range(1, ndim - 1)]
         last = size(operands[2], ndim - 1)
-        new = graph.call_function(node.target, (*flat, *node.args[3:]), dict(node.kwargs))  # type: ignore[arg-type]
+        rest, kwargs = list(node.args[3:]), dict(node.kwargs)
+        if ndim == 3 == masked:  # a mask for each batch, or one for all: heads have no dimension
+            own = reshaped(mask, [-1, 1, size(mask, 1), size(mask, 2)])
+            rest = [own if value is mask else value for value in rest]
+            kwargs = {name: own if value is mask else value for name, value in kwargs.items()}
+        new = graph.call_function(node.target, (*flat, *rest), kwargs)  # type: ignore[arg-type]
         new.meta = {
             **node.meta,
             "val": node.meta["val"].reshape(-1, *flat[0].meta["val"].shape[1:3], flat[2].meta["val"].shape[3]),
