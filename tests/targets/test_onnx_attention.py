@@ -123,6 +123,19 @@ def test_attention_without_a_dimension_of_heads_can_have_a_mask_for_each_sample(
     assert abs(found - Own()(x).numpy()).max() < 1e-5
 
 
+def test_attention_of_matrices_can_be_written(tmp_path: Path) -> None:
+    class Matrices(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    torch.manual_seed(0)
+    path, x = tmp_path / "model.onnx", torch.randn(5, WIDTH)
+    OnnxRuntime().export(Matrices(), Task(example_inputs=x), path)
+    (found,) = OnnxRuntime().open(path, threads=1).run([x.numpy()])
+    # float32 sums of some dozen products of numbers about 1
+    assert abs(found - Matrices()(x).numpy()).max() < 1e-5
+
+
 def test_attention_with_a_mask_for_all_samples_can_be_written_when_its_heads_are_joined(tmp_path: Path) -> None:
     class Relative(nn.Module):
         def __init__(self) -> None:

@@ -87,7 +87,7 @@ def in_four_dimensions(graph: fx.Graph, node: fx.Node) -> None:
         return new
 
     with graph.inserting_before(node):
-        heads = [[1] if ndim == 3 else [size(arg, ndim - 3)] for arg in operands]
+        heads = [[1] if ndim < 4 else [size(arg, ndim - 3)] for arg in operands]
         flat = [
             reshaped(arg, [-1, *number, size(arg, ndim - 2), size(arg, ndim - 1)])
             for arg, number in zip(operands, heads, strict=True)
