@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,19 @@ BOUNDARIES = {
 
 class StopError(Exception):
     """What stops a run here."""
+
+
+@contextlib.contextmanager
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stop the run within when all its steps are done, before its artifact is written."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pared.pipeline.run.write_artifact", stop)
+        with pytest.raises(StopError):
+            yield
 
 
 class Stopper:
@@ -103,14 +117,9 @@ def test_a_resumed_run_ends_alike_and_repeats_no_stage_when_stopped_at_any_bound
 def test_a_decision_stands_when_time_says_otherwise_on_resume(
     compress: Compress, target: FastTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
     steps = (Change(ms=2.0, level=1.0), Change(level=2.0))
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(*steps)
+    with cut_off(monkeypatch):
+        compress(*steps)
     monkeypatch.setattr(
         "pared.pipeline.run.time_in_turn",
         lambda commands, **_: [[[[1.0 + i]] * 2] * 2 for i in range(len(commands))][::-1],
@@ -126,13 +135,8 @@ def test_a_decision_stands_when_time_says_otherwise_on_resume(
 def test_a_decision_is_taken_anew_when_the_budget_changes(
     compress: Compress, monkeypatch: pytest.MonkeyPatch, budget: pared.Budget
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Change(ms=2.0))
+    with cut_off(monkeypatch):
+        compress(Change(ms=2.0))
     artifact = compress(Change(ms=2.0), budget=budget, resume=True)
     assert artifact.report.stages[1].kept
     assert len(applied()) == 1  # the stage itself did not change
@@ -190,13 +194,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 def test_stages_are_done_again_when_something_changed(
     compress: Compress, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Change(level=1.0), Change(level=2.0))
+    with cut_off(monkeypatch):
+        compress(Change(level=1.0), Change(level=2.0))
     Changing.calls.clear()
     changes = {name: value() if callable(value) else value for name, value in CHANGES[what].items()}
     compress(Change(level=1.0), Change(level=2.0), resume=True, **changes)
@@ -206,13 +205,8 @@ def test_stages_are_done_again_when_something_changed(
 def test_stages_before_a_changed_step_are_kept_when_resumed(
     compress: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Change(level=1.0), Change(level=2.0), Change(level=3.0))
+    with cut_off(monkeypatch):
+        compress(Change(level=1.0), Change(level=2.0), Change(level=3.0))
     Changing.calls.clear()
     artifact = compress(Change(level=1.0), Change(level=2.5), Change(level=3.0), resume=True)
     assert applied() == [str(Change(level=2.5)), str(Change(level=3.0))]
@@ -225,13 +219,8 @@ def test_the_call_is_timed_at_the_batch_size_asked_for_when_resumed_with_another
     sizes: list[int] = []
     monkeypatch.setattr("pared.pipeline.run.write_inputs", lambda path, arrays: sizes.append(len(arrays[0])))
 
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Change())
+    with cut_off(monkeypatch):
+        compress(Change())
     artifact = compress(Change(), timing=pared.TimingSettings(batch_size=7), resume=True)
     assert (sizes, artifact.report.timing.batch_size) == ([1, 7], 7)
 
@@ -257,15 +246,10 @@ def test_a_resumed_run_replaces_no_other_artifact_when_not_told_to(compress: Com
 def test_a_resumed_run_may_replace_an_artifact_when_it_was_told_so_before(
     compress: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
     first = compress(Change())
     before = content(first.path)
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Change(level=1.0), overwrite=True)
+    with cut_off(monkeypatch):
+        compress(Change(level=1.0), overwrite=True)
     assert content(first.path) == before
     again = compress(Change(level=1.0), resume=True)
     assert content(again.path)["model.onnx"] != before["model.onnx"]
@@ -299,12 +283,7 @@ class Postponing(Changing):
 def test_what_was_left_to_a_later_step_is_not_taken_as_done_without_it(
     compress: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any, **__: Any) -> None:
-        raise StopError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pared.pipeline.run.write_artifact", stop)
-        with pytest.raises(StopError):
-            compress(Postponing(), Change(level=1.0))
+    with cut_off(monkeypatch):
+        compress(Postponing(), Change(level=1.0))
     with pytest.raises(PlanError, match="nothing is left"):
         compress(Postponing(), resume=True)
