@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two settings; rows go to trial/")
     parser.add_argument("--claims", action="store_true", help="only say what the rows are worth")
     options = parser.parse_args()
+    options.precision = "32"  # what `base.trained` reads
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     results = Results("aware", folder=options.out / "trial" if options.quick else options.out)

@@ -15,7 +15,7 @@ are kept:
     all       these four
 
 Validation is split off the official training data: 5,000 images of each set. `--device cpu` hides the GPU; jobs share
-one. Students of Fashion-MNIST see images as they are, the teachers moved and mirrored ones. `--phase tune --only soft`
+one. Teachers see moved and mirrored images, and so do students unless `--shift 0`. `--phase tune --only soft`
 says in a minute what a teacher gives on validation; other values of --width, --shift or --batch want a folder of their
 own (--out). `--samples 1000 --epochs 1 --quick` is a trial of the whole script on a CPU in minutes; its rows go to a
 folder of their own. All trainings are `pared.Train`; the same epochs, augmentation and schedule with and without a
@@ -62,6 +62,7 @@ from pared.distill import (
     Similarity,
 )
 from pared.step import Context, settings_of
+from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD
 from pared.train.schedules import Cosine
 
@@ -297,20 +298,21 @@ def fashion_student() -> nn.Module:
 
 
 def fashion_teacher() -> nn.Module:
-    """Six convolutions, 1.1 million parameters."""
+    """Six convolutions, 1.1 million parameters where `--teacher-width` is 64."""
+    width: int = OPTIONS.teacher_width
     return nn.Sequential(
-        *block(1, 64),
-        *block(64, 64),
+        *block(1, width),
+        *block(width, width),
         nn.MaxPool2d(2),
-        *block(64, 128),
-        *block(128, 128),
+        *block(width, 2 * width),
+        *block(2 * width, 2 * width),
         nn.MaxPool2d(2),
-        *block(128, 256),
-        *block(256, 256),
+        *block(2 * width, 4 * width),
+        *block(4 * width, 4 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Dropout(0.3),
-        nn.Linear(256, 10),
+        nn.Linear(4 * width, 10),
     )
 
 
@@ -399,7 +401,16 @@ def trained(
     """The model after `pared.Train`, with or without `pared.Distill`."""
     during = () if distill is None else (distill,)
     optimizer = SGD(momentum=0.9, nesterov=True, weight_decay=5e-4)
-    step = pared.Train(epochs=epochs, lr=lr, optimizer=optimizer, schedule=Cosine(warmup_epochs=0.5), during=during)
+    step = pared.Train(
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        schedule=Cosine(warmup_epochs=0.5),
+        hardware=Hardware(precision=OPTIONS.precision),
+        during=during,
+    )
+    if OPTIONS.precision == "bf16":  # a CPU computes faster in this layout then
+        model, dense = (net.to(memory_format=torch.channels_last) for net in (model, dense))
     with tempfile.TemporaryDirectory() as work:
         ctx = Context(task=task, target=None, work=Path(work), dense=dense, seed=seed)  # type: ignore[arg-type]
         return step.apply(model, step.plan(model, ctx), ctx)
@@ -623,6 +634,8 @@ def main() -> None:
     parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--width", type=int, default=8, help="channels of the first layer of Fashion-MNIST's student")
+    parser.add_argument("--teacher-width", type=int, default=64, help="the same of its teacher")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32")
     parser.add_argument("--shift", type=int, default=2, help="pixels that Fashion-MNIST's students see images moved by")
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--samples", type=int, default=0, help="only so many of each part")

@@ -339,7 +339,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
     options = parser.parse_args()
-    options.threads, options.samples, options.teachers = 1, 0, options.work  # what `Data` and the workers read
+    # What `Data` and the workers read.
+    options.threads, options.samples, options.precision, options.teachers = 1, 0, "32", options.work
     options.work.mkdir(parents=True, exist_ok=True)
     results = Results(NAME, fresh=options.fresh, folder=options.out)
     if results.path.exists() and not options.fresh:
