@@ -413,7 +413,8 @@ def trained(
         model, dense = (net.to(memory_format=torch.channels_last) for net in (model, dense))
     with tempfile.TemporaryDirectory() as work:
         ctx = Context(task=task, target=None, work=Path(work), dense=dense, seed=seed)  # type: ignore[arg-type]
-        return step.apply(model, step.plan(model, ctx), ctx)
+        made = step.apply(model, step.plan(model, ctx), ctx)
+    return made.to(memory_format=torch.contiguous_format)  # as files hold it
 
 
 def fresh_of(build: Any, seed: int) -> nn.Module:
