@@ -3,7 +3,7 @@
     python benchmarks/prune_timm.py [--tool pared] [--only resnet18 vgg11] [--quick]
 
 Of each module of `timm.models` the variant with the fewest parameters is taken; the first rows say which. All else is
-as in `prune_classifiers.py`, but for the limit: 1800 seconds. A failure of ours must be a sentence of ours.
+as in `prune_classifiers.py`, but for the limit: 600 seconds. A failure of ours must be a sentence of ours.
 """
 
 from __future__ import annotations
