@@ -23,10 +23,8 @@ All trainings are `pared.Train`, with the data whole on the device. `--device cp
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -35,17 +33,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import distillation
+import prune_jobs
 import torch
 from distillation import Data, Residual, block
 from harness import RESULTS, Results
-from safetensors.torch import load_file, save_file
+from prune_jobs import (
+    CRITERIA,
+    LATENCY,
+    TAUGHT,
+    TUNING_SEED,
+    best,
+    channels_of,
+    counted,
+    go_through,
+    job_of,
+    part_way,
+    planning_task,
+    plans_of,
+    pruned,
+    save,
+    set_up,
+    work_through,
+)
 from torch import Tensor, nn
 
 import pared
-from pared.graph.counts import Totals, count, totals
-from pared.step import Context, Plan
-from pared.surgery import apply_edits
+from pared.step import Context
 from pared.targets import find_target
 from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD
@@ -82,25 +95,19 @@ CHOICES: dict[str, dict[str, Any]] = {
     for shape, settings in SHAPES.items()
     for saliency in ("l1", "taylor")
 }
-CRITERIA = ("l1", "l2", "std", "mean", "gamma", "taylor", "fpgm", "hrank", "activation", "random")
 ROUNDS = {"one-shot": (15,), "iterative": (3, 3, 9)}  # epochs of fine-tuning after each prune
 EPOCHS = 15
-TAUGHT = "taught"
-TUNING_SEED = 100
-PLANNING = 4  # batches of training images that saliencies look at
-LATENCY = 0.6
-KEYS = ("phase", "kind", "setting", "seed")
 
 
 # --- networks ----------------------------------------------------------------------------------------------------
 
 
-def resnet20() -> nn.Module:
+def resnet20(widths: Sequence[int] = WIDTHS) -> nn.Module:
     """20 layers for images of 32 x 32, with projections where the width changes: 272 thousand parameters, 41 M MACs.
 
     Source: He et al. 2016, arXiv:1512.03385, section 4.2. Deviation: projections (their option B), not zeros.
     """
-    a, b, c = WIDTHS
+    a, b, c = widths
     forms = [(a, a, 1)] * 3 + [(a, b, 2), (b, b, 1), (b, b, 1)] + [(b, c, 2), (c, c, 1), (c, c, 1)]
     stages = [Residual(*form) for form in forms]
     return nn.Sequential(*block(3, a), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
@@ -110,58 +117,21 @@ def example() -> Tensor:
     return torch.zeros(2, 3, 32, 32)
 
 
-def counted(model: nn.Module) -> Totals:
-    return totals(count(model.eval(), (example()[:1],)))
-
-
 def fresh(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return resnet20()
 
 
-def kept_as(kind: str, seed: int) -> Path:
-    return Path(OPTIONS.work) / f"{kind.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
-
-
 def load(kind: str, seed: int) -> nn.Module:
-    """A network of an earlier job: the plans beside its weights, replayed."""
-    file = kept_as(kind, seed)
-    if not file.exists():
-        raise FileNotFoundError(f"no network at {file}; run the phase that trains it first")
-    plans = file.with_suffix(".json")
-    model = resnet20()
-    for data in json.loads(plans.read_text(encoding="utf8"))["plans"]:
-        model = apply_edits(model, Plan.from_json(data).edits, {})
-    model.load_state_dict(load_file(file))
-    return model.eval()
-
-
-def save(model: nn.Module, kind: str, seed: int, plans: Sequence[Plan], widths: Sequence[int] = WIDTHS) -> None:
-    """A network beside what makes its shape: the widths it was built with, and the plans of its prunes."""
-    file = kept_as(kind, seed)
-    beside = {"widths": list(widths), "plans": [plan.to_json() for plan in plans]}
-    file.with_suffix(".json").write_text(json.dumps(beside), encoding="utf8")
-    save_file(model.state_dict(), file)
+    return prune_jobs.load(kind, seed, resnet20)
 
 
 # --- jobs of a worker process ------------------------------------------------------------------------------------
 
-OPTIONS: argparse.Namespace
-LOADED: list[Data] = []
-POOL: list[concurrent.futures.ProcessPoolExecutor] = []
 
-
-def set_up(options: argparse.Namespace) -> None:
-    """What a worker process does once."""
-    global OPTIONS
-    OPTIONS = options
-    distillation.set_up(options)
-
-
+@functools.cache
 def data() -> Data:
-    if not LOADED:
-        LOADED.append(Data("cifar", OPTIONS))
-    return LOADED[0]
+    return Data("cifar", prune_jobs.OPTIONS)
 
 
 def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Module | None = None) -> nn.Module:
@@ -172,14 +142,14 @@ def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Mod
     """
     taught = dense is not None and TAUGHT in job["kind"]
     step = pared.Train(
-        epochs=OPTIONS.epochs or epochs,
+        epochs=prune_jobs.OPTIONS.epochs or epochs,
         lr=job["lr"],
         optimizer=SGD(momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=Cosine(warmup_epochs=0.5),
-        hardware=Hardware(precision=OPTIONS.precision),
+        hardware=Hardware(precision=prune_jobs.OPTIONS.precision),
         during=(pared.Distill(temperature=4, alpha=0.9),) if taught else (),
     )
-    work = OPTIONS.work / "trainings"  # a training that was cut off goes on from its last epoch
+    work = prune_jobs.OPTIONS.work / "trainings"  # a training that was cut off goes on from its last epoch
     work.mkdir(exist_ok=True)
     ctx = Context(
         task=data().task(4), target=find_target("onnxruntime"), work=work, dense=dense or model, seed=job["seed"]
@@ -188,51 +158,20 @@ def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Mod
     return step.apply(model, step.plan(model, ctx), ctx).to("cpu", memory_format=torch.contiguous_format).eval()
 
 
-def planning_task() -> pared.Task:
-    """Some training images on the CPU, as they are, for the saliencies that look at data."""
-    images, labels = (part[: PLANNING * 256].cpu() for part in data().train)
-    mean, deviation = (part.cpu() for part in data().statistics)
-    x = (images.float() / 255 - mean) / deviation
-    batches = list(zip(x.split(256), labels.split(256), strict=True))
-    return pared.Task(
-        example_inputs=example(), calibration=[x for x, _ in batches], train=batches, loss=nn.CrossEntropyLoss()
-    )
-
-
-def pruned(
-    model: nn.Module, dense: nn.Module, settings: Mapping[str, Any], fraction: float, plans: Sequence[Plan], seed: int
-) -> tuple[nn.Module, Plan]:
-    """One prune, a `fraction` of the way to the budget, and its plan."""
-    step = pared.PruneChannels(**settings)
-    step = step if fraction == 1 else step.at(fraction)
-    with tempfile.TemporaryDirectory() as work:
-        ctx = Context(
-            task=planning_task(),
-            target=find_target("onnxruntime"),
-            work=Path(work),
-            dense=dense,
-            seed=seed,
-            history=tuple(plans),
-            threads=1,
-        )
-        plan = step.plan(model, ctx)
-        return step.apply(model, plan, ctx).eval(), plan
-
-
 def run_dense(job: Mapping[str, Any]) -> dict[str, Any]:
-    model = trained(fresh(job["seed"]), OPTIONS.dense_epochs, job)
-    save(model, job["kind"], job["seed"], ())
-    return {"epochs": OPTIONS.epochs or OPTIONS.dense_epochs, **judged(model)}
+    model = trained(fresh(job["seed"]), prune_jobs.OPTIONS.dense_epochs, job)
+    save(model, job["kind"], job["seed"], (), WIDTHS)
+    return {"epochs": prune_jobs.OPTIONS.epochs or prune_jobs.OPTIONS.dense_epochs, **judged(model)}
 
 
 def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
     """The dense network, trained on; taught by itself or not."""
     dense = load("dense", job["source"])
-    epochs = OPTIONS.tune_epochs if job["phase"] == "tune" else EPOCHS
+    epochs = prune_jobs.OPTIONS.tune_epochs if job["phase"] == "tune" else EPOCHS
     model = trained(dense, epochs, job, dense)
     if job["phase"] == "final":
-        save(model, job["kind"], job["seed"], ())
-    return {"epochs": OPTIONS.epochs or epochs, **judged(model, job)}
+        save(model, job["kind"], job["seed"], (), WIDTHS)
+    return {"epochs": prune_jobs.OPTIONS.epochs or epochs, **judged(model, job)}
 
 
 def run_small(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,74 +182,40 @@ def run_small(job: Mapping[str, Any]) -> dict[str, Any]:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    model = trained(model, OPTIONS.dense_epochs, {**job, "kind": "small", "lr": OPTIONS.dense_lr})
+    model = trained(model, prune_jobs.OPTIONS.dense_epochs, {**job, "kind": "small", "lr": prune_jobs.OPTIONS.dense_lr})
     model = trained(model, EPOCHS, job, dense)
-    beside = json.loads(kept_as("one-shot" + ending, job["seed"]).with_suffix(".json").read_text(encoding="utf8"))
-    save(model, job["kind"], job["seed"], [Plan.from_json(plan) for plan in beside["plans"]])
-    return {"epochs": 2 * OPTIONS.epochs or OPTIONS.dense_epochs + EPOCHS, **judged(model, job)}
+    save(model, job["kind"], job["seed"], plans_of("one-shot" + ending, job["seed"]), WIDTHS)
+    return {"epochs": 2 * prune_jobs.OPTIONS.epochs or prune_jobs.OPTIONS.dense_epochs + EPOCHS, **judged(model, job)}
 
 
 def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     """The dense network pruned and fine-tuned, in one round or several."""
     dense = load("dense", job["source"])
     model, plans, facts = dense, [], {}
-    rounds = ROUNDS[job["kind"].split(",")[0]] if job["phase"] != "tune" else (OPTIONS.tune_epochs,)
+    rounds = ROUNDS[job["kind"].split(",")[0]] if job["phase"] != "tune" else (prune_jobs.OPTIONS.tune_epochs,)
     for number, epochs in enumerate(rounds, 1):
-        fraction = number / len(rounds)
-        model, plan = pruned(model, dense, job["choice"], fraction, plans, job["seed"])
+        step = part_way(job["choice"], number, len(rounds))
+        task = planning_task(data(), example())
+        model, plan = pruned(step, model, task, dense, plans=plans, seed=job["seed"])
         plans.append(plan)
         if job["phase"] == "criteria":
             facts = {"before": data().accuracy(model, "test")}
         model = trained(model, epochs, job, dense)
     if job["phase"] == "final":
-        save(model, job["kind"], job["seed"], plans)
-    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+        save(model, job["kind"], job["seed"], plans, WIDTHS)
     return {
-        "epochs": (OPTIONS.epochs or 0) * len(rounds) or sum(rounds),
+        "epochs": (prune_jobs.OPTIONS.epochs or 0) * len(rounds) or sum(rounds),
         **facts,
         **judged(model, job),
-        "widths": widths,
+        "widths": channels_of(model),
     }
 
 
 def judged(model: nn.Module, job: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Accuracy, and what there is to compute."""
     roles = ("validation",) if job and job["phase"] == "tune" else ("validation", "test")
-    made = counted(model)
+    made = counted(model, example())
     return {"params": made.params, "macs": made.macs, **{role: data().accuracy(model, role) for role in roles}}
-
-
-def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """One job: a network made, saved and judged. Returns the row."""
-    start = time.perf_counter()
-    row = job["run"](job)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    seconds = round(time.perf_counter() - start, 1)
-    return {**{key: job[key] for key in (*KEYS, "lr")}, **row, "seconds": seconds, "device": device}
-
-
-def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
-    """Run the jobs that no row answers yet, several processes at once."""
-    left = [job for job in jobs if results.done(**{key: job[key] for key in KEYS}) is None]
-    if not left:
-        return
-    if options.jobs == 1:
-        set_up(options)
-        for job in left:
-            results.add(run(job))
-        return
-    if not POOL:
-        spawn = multiprocessing.get_context("spawn")
-        rest: dict[str, Any] = {"mp_context": spawn, "initializer": set_up, "initargs": (options,)}
-        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, **rest))
-    for done in concurrent.futures.as_completed([POOL[0].submit(run, job) for job in left]):
-        results.add(done.result())
-
-
-def job_of(run: Callable[..., Any], phase: str, kind: str, seed: int, lr: float, **rest: Any) -> dict[str, Any]:
-    """A job. `source` is the seed of the dense network that it starts from."""
-    made = {"run": run, "phase": phase, "kind": kind, "setting": "", "seed": seed, "lr": lr}
-    return {**made, "source": seed, **rest}
 
 
 # --- phases ------------------------------------------------------------------------------------------------------
@@ -332,16 +237,6 @@ def tune(results: Results, options: argparse.Namespace) -> None:
             for name, choice in CHOICES.items()
         ]
     work_through(jobs, results, options)
-
-
-def best(results: Results, kind: str, choice: str = "") -> tuple[str, float]:
-    """What to prune by, and the learning rate, of the row that is best on validation, among those of a choice."""
-    rows = [row for row in results.rows if (row["phase"], row["kind"]) == ("tune", kind)]
-    rows = [row for row in rows if row["setting"].startswith(choice)]
-    if not rows:
-        raise SystemExit("no rows of the phase tune; run --phase tune first")
-    row = max(rows, key=lambda row: row["validation"])
-    return row["setting"].rpartition("lr")[0].strip(", "), row["lr"]
 
 
 def final(results: Results, options: argparse.Namespace) -> None:
@@ -391,9 +286,11 @@ def latency(results: Results, options: argparse.Namespace) -> None:
     models = {kind: load(kind, 0) for kind in kinds}
     start = time.perf_counter()
     dense = models["dense"]
-    model, plan = pruned(dense, dense, {"latency": LATENCY, "widths": BUDGET["widths"]}, 1, (), 0)
+    step = pared.PruneChannels(latency=LATENCY, widths=BUDGET["widths"])
+    model, plan = pruned(step, dense, planning_task(data(), example()), dense)
+    made = counted(model, example())
     row = {"phase": "budget", "kind": "latency budget", "setting": str(LATENCY), "seed": 0, "latency": LATENCY}
-    row |= {"facts": plan.facts.get("measured"), "macs": counted(model).macs, "params": counted(model).params}
+    row |= {"facts": plan.facts.get("measured"), "macs": made.macs, "params": made.params}
     results.add(row | {"seconds": round(time.perf_counter() - start, 1)})
     models["latency budget"] = model
     for row in prune_latency.rows(models, example(), baseline="dense"):
@@ -498,10 +395,7 @@ def main() -> None:
     options.teachers = options.work  # where `Data` leaves the decoded images
     options.work.mkdir(parents=True, exist_ok=True)
     results = read(options)
-    for phase in PHASES if "all" in options.phase else options.phase:
-        PHASES[phase](results, options)
-    for pool in POOL:
-        pool.shutdown()
+    go_through(PHASES, results, options)
 
 
 if __name__ == "__main__":

@@ -34,20 +34,31 @@ from pathlib import Path
 from typing import Any
 
 import distillation
-import prune_cifar
+import prune_jobs
 import prune_latency
 import torch
 from distillation import Data, Residual, block
 from harness import RESULTS, Results
-from prune_cifar import CRITERIA, LATENCY, TAUGHT, TUNING_SEED, job_of, kept_as, save, work_through
-from safetensors.torch import load_file
+from prune_jobs import (
+    CRITERIA,
+    LATENCY,
+    TAUGHT,
+    TUNING_SEED,
+    best,
+    channels_of,
+    counted,
+    go_through,
+    job_of,
+    part_way,
+    planning_task,
+    pruned,
+    save,
+    set_up,
+    work_through,
+)
 from torch import Tensor, nn
 
 import pared
-from pared.graph.counts import Totals, count, totals
-from pared.step import Context, Plan
-from pared.surgery import apply_edits
-from pared.targets import find_target
 
 NAME, ISSUE = "prune_fashion", 5
 WIDTHS = (32, 64, 128)
@@ -67,7 +78,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     },
 }
 BUDGET: dict[str, Any] = {"macs": SMALL, "widths": {"round_to": 8}}  # of the criteria and the ratios
-PLANNING = 4  # batches of 256 training images that saliencies look at
 WAYS = ("equal", "global")  # in which a latency budget is kept
 TIMED = 3  # rounds of the timing
 
@@ -89,15 +99,11 @@ def example() -> Tensor:
     return torch.zeros(2, 1, 28, 28)
 
 
-def counted(model: nn.Module) -> Totals:
-    return totals(count(model.eval(), (example()[:1],)))
-
-
 def small_widths() -> tuple[int, ...]:
     """The widest network of this shape within the budget, all widths scaled alike, in multiples of 16."""
-    most = SMALL * counted(resnet8()).macs
+    most = SMALL * counted(resnet8(), example()).macs
     scaled = ([16 * round(width * part / 1024) for width in WIDTHS] for part in range(64, 0, -1))
-    return next(tuple(widths) for widths in scaled if counted(resnet8(widths)).macs <= most)
+    return next(tuple(widths) for widths in scaled if counted(resnet8(widths), example()).macs <= most)
 
 
 def fresh(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
@@ -106,16 +112,7 @@ def fresh(seed: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
 
 
 def load(kind: str, seed: int) -> nn.Module:
-    """A network of an earlier job: the plans beside its weights, replayed."""
-    file = kept_as(kind, seed)
-    if not file.exists():
-        raise FileNotFoundError(f"no network at {file}; run the phase that trains it first")
-    beside = json.loads(file.with_suffix(".json").read_text(encoding="utf8"))
-    model = resnet8(beside["widths"])
-    for plan in beside["plans"]:
-        model = apply_edits(model, Plan.from_json(plan).edits, {})
-    model.load_state_dict(load_file(file))
-    return model.eval()
+    return prune_jobs.load(kind, seed, resnet8)
 
 
 # --- jobs of a worker process ------------------------------------------------------------------------------------
@@ -135,40 +132,6 @@ def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Mod
     distill = pared.Distill(temperature=2) if TAUGHT in job["kind"] else None
     task = data().task(SHIFT)
     return distillation.trained(model, task, epochs, job["lr"], job["seed"], distill, dense).to("cpu").eval()
-
-
-def batches(role: str, most: int) -> list[tuple[Tensor, Tensor]]:
-    """Images as they are, in batches of 256."""
-    images, labels = (part[:most] for part in getattr(data(), role))
-    mean, deviation = data().statistics
-    return list(zip(((images.float() / 255 - mean) / deviation).split(256), labels.split(256), strict=True))
-
-
-def planning_task() -> pared.Task:
-    """Some training images for the saliencies that look at data, some of validation for sensitivity."""
-    train = batches("train", PLANNING * 256)
-    return pared.Task(
-        example_inputs=example(),
-        calibration=[x for x, _ in train],
-        train=train,
-        validation=batches("validation", PLANNING * 256),
-        loss=nn.CrossEntropyLoss(),
-        metrics="accuracy",
-    )
-
-
-def pruned(
-    model: nn.Module, dense: nn.Module, settings: Mapping[str, Any], fraction: float, plans: Sequence[Plan], seed: int
-) -> tuple[nn.Module, Plan]:
-    """One prune, a `fraction` of the way to the budget, and its plan."""
-    step = pared.PruneChannels(**settings)
-    step = step if fraction == 1 else step.at(fraction)
-    task, target = planning_task(), find_target("onnxruntime")
-    with tempfile.TemporaryDirectory() as work:
-        rest: dict[str, Any] = {"dense": dense, "seed": seed, "history": tuple(plans), "threads": 1}
-        ctx = Context(task=task, target=target, work=Path(work), **rest)
-        plan = step.plan(model, ctx)
-        return step.apply(model, plan, ctx).eval(), plan
 
 
 def run_dense(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,20 +156,21 @@ def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     model, plans, facts = dense, [], {}
     rounds = job.get("rounds") or ROUNDS[job["kind"].split(",")[0]]
     for number, epochs in enumerate(rounds, 1):
-        model, plan = pruned(model, dense, job["choice"], number / len(rounds), plans, job["seed"])
+        step = part_way(job["choice"], number, len(rounds))
+        task = planning_task(data(), example())
+        model, plan = pruned(step, model, task, dense, plans=plans, seed=job["seed"])
         plans.append(plan)
         if job["phase"] in ("criteria", "ratios"):
             facts = {"before": data().accuracy(model, "test")}
         model = trained(model, epochs, job, dense)
     if job["phase"] == "final":
         save(model, job["kind"], job["seed"], plans, WIDTHS)
-    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return {"epochs": sum(rounds), **facts, **judged(model, job), "widths": widths}
+    return {"epochs": sum(rounds), **facts, **judged(model, job), "widths": channels_of(model)}
 
 
 def judged(model: nn.Module, job: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy, and what there is to compute: on validation to choose by, else on test, once."""
-    role, made = "validation" if job["phase"] == "tune" else "test", counted(model)
+    role, made = "validation" if job["phase"] == "tune" else "test", counted(model, example())
     return {"params": made.params, "macs": made.macs, role: data().accuracy(model, role)}
 
 
@@ -229,7 +193,7 @@ def tune(results: Results, options: argparse.Namespace) -> None:
 
 
 def final(ending: str, results: Results, options: argparse.Namespace) -> None:
-    name = prune_cifar.best(results, "one-shot")[0]
+    name = best(results, "one-shot")[0]
     rest: dict[str, Any] = {"choice": CHOICES[name], "setting": name}
     jobs = []
     for seed in range(options.seeds):
@@ -255,16 +219,16 @@ def one_shot(phase: str, name: str, choice: Mapping[str, Any], seed: int) -> dic
 
 
 def latency(results: Results, options: argparse.Namespace) -> None:
-    prune_cifar.set_up(options)
+    set_up(options)
     kinds = dict.fromkeys(row["kind"] for row in results.rows if row["phase"] in ("dense", "small", "final"))
     results.rows = [row for row in results.rows if row["phase"] not in ("latency", "budget")]
     models = {kind: load(kind, 0) for kind in kinds if TAUGHT not in kind and "trained on" not in kind}
     for way in WAYS:
         start = time.perf_counter()
-        settings = {"latency": LATENCY, "widths": BUDGET["widths"], "ratios": way}
+        step = pared.PruneChannels(latency=LATENCY, widths=BUDGET["widths"], ratios=way)
         kind = f"latency budget, ratios {way}"
-        models[kind], plan = pruned(models["dense"], models["dense"], settings, 1, (), 0)
-        made, facts = counted(models[kind]), plan.facts
+        models[kind], plan = pruned(step, models["dense"], planning_task(data(), example()), models["dense"])
+        made, facts = counted(models[kind], example()), plan.facts
         row = {"phase": "budget", "kind": kind, "setting": str(LATENCY), "seed": 0, "macs": made.macs}
         row |= {"params": made.params, "measured": facts["measured"], "widths": facts["widths"]}
         results.add(row | {"seconds": round(time.perf_counter() - start, 1)})
@@ -298,7 +262,7 @@ def claims(results: Results, _options: argparse.Namespace) -> None:
         seeds = {row["seed"] for row in rows}
         mean = functools.partial(mean_of, results, seeds=seeds)
         name = f"Fashion-MNIST, ResNet-8, {kind + ending}, {len(seeds)} seeds"
-        fewer = counted(resnet8()).macs / max(row["macs"] for row in rows)
+        fewer = counted(resnet8(), example()).macs / max(row["macs"] for row in rows)
         results.claim(ISSUE, f"{name}: times fewer multiply-accumulates", fewer, ">=", 2.0)
         whole, longer, small = mean("dense"), mean("dense, trained on" + ending), mean("small, trained on" + ending)
         better = max(whole, longer) if longer == longer else whole
@@ -345,10 +309,7 @@ def main() -> None:
     results = Results(NAME, fresh=options.fresh, folder=options.out)
     if results.path.exists() and not options.fresh:
         results.rows = json.loads(results.path.read_text(encoding="utf8"))["rows"]
-    for phase in PHASES if "all" in options.phase else options.phase:
-        PHASES[phase](results, options)
-    for pool in prune_cifar.POOL:
-        pool.shutdown()
+    go_through(PHASES, results, options)
 
 
 if __name__ == "__main__":
