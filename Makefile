@@ -56,8 +56,9 @@ check: $(VENV)/dev.stamp
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/python scripts/check_limits.py
 
+# Two processes of one thread each: most of the time is spent in Python, which uses one core. A file stays in one of them.
 test: $(VENV)/torchvision.stamp
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 contract: $(VENV)/torchvision.stamp
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m contract tests

@@ -1,7 +1,8 @@
-"""What holds for every test: the same seeds, two threads, and no global state left behind."""
+"""What holds for every test: the same seeds, two threads or processes, and no global state left behind."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def global_state() -> dict[str, object]:
