@@ -168,20 +168,20 @@ def test_rows_tell_shape_kind_and_bytes_when_layers_differ() -> None:
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (nn.Conv2d(4, 8, 3, padding=1), {"quantize", "prune", "factorize", "winograd"}),
-        (nn.Conv2d(4, 8, 3, stride=2), {"quantize", "prune", "factorize"}),
-        (nn.Conv2d(4, 8, 3, dilation=2), {"quantize", "prune", "factorize"}),
-        (nn.Conv2d(4, 8, 1), {"quantize", "prune", "factorize"}),
-        (nn.Conv2d(4, 8, 3, groups=2), {"quantize", "prune"}),
-        (nn.ConvTranspose2d(4, 8, 3), {"prune"}),
-        (nn.Sequential(nn.Flatten(), nn.Linear(4 * 8 * 8, 2)), {"quantize", "prune", "factorize"}),
-        (nn.BatchNorm2d(4), set()),
+        (nn.Conv2d(4, 8, 3, padding=1), "quantize prune factorize winograd"),
+        (nn.Conv2d(4, 8, 3, stride=2), "quantize prune factorize"),
+        (nn.Conv2d(4, 8, 3, dilation=2), "quantize prune factorize"),
+        (nn.Conv2d(4, 8, 1), "quantize prune factorize"),
+        (nn.Conv2d(4, 8, 3, groups=2), "quantize prune"),
+        (nn.ConvTranspose2d(4, 8, 3), "prune"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4 * 8 * 8, 2)), "quantize prune factorize"),
+        (nn.BatchNorm2d(4), ""),
     ],
     ids=str,
 )
-def test_techniques_are_those_that_the_operator_allows_when_a_layer_runs(layer: nn.Module, expected: set[str]) -> None:
+def test_techniques_are_those_that_the_operator_allows_when_a_layer_runs(layer: nn.Module, expected: str) -> None:
     rows = count(layer, as_inputs(torch.zeros(1, 4, 8, 8)))
-    assert set(rows[0].techniques) == expected
+    assert set(rows[0].techniques) == set(expected.split())
 
 
 def test_nonzero_params_counts_each_once_when_weights_are_tied_and_masked() -> None:
