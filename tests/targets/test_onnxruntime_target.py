@@ -407,6 +407,37 @@ def test_export_leaves_the_program_as_it_was() -> None:
     assert (folder() / "again.onnx").read_bytes() == made.file.read_bytes()
 
 
+class Clamped(nn.Module):
+    """One tensor clamped twice, by bounds that the module holds."""
+
+    def __init__(self, low: Tensor | None, high: Tensor | None) -> None:
+        super().__init__()
+        self.low = None if low is None else nn.Buffer(low)
+        self.high = None if high is None else nn.Buffer(high)
+        self.high_again = None if high is None else nn.Buffer(high / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.low, self.high) + 10 * torch.clamp(x, self.low, self.high_again)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        pytest.param(torch.tensor(-0.3), torch.tensor(0.5), id="scalars"),
+        pytest.param(torch.tensor(-torch.inf), torch.tensor(torch.inf), id="infinite"),
+        pytest.param(torch.tensor(0.7), torch.tensor(0.2), id="lower bound above the upper"),
+        pytest.param(torch.tensor([-0.3, -0.1, 0.0, 0.1]), torch.tensor(0.5), id="a vector and a scalar"),
+        pytest.param(None, torch.tensor(0.5), id="upper alone"),
+        pytest.param(torch.tensor(-0.3), None, id="lower alone"),
+    ],
+)
+def test_two_clamps_of_one_tensor_keep_their_bounds(low: Tensor | None, high: Tensor | None, tmp_path: Path) -> None:
+    inputs = Inputs((torch.randn(5, 4, generator=torch.Generator().manual_seed(0)),), {})
+    model = Clamped(low, high).eval()
+    TARGET.export(model, Task(example_inputs=inputs), tmp_path / "m.onnx")
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", inputs)[0], outputs(model, inputs)[0], rtol=1e-6)
+
+
 def test_export_keeps_names_and_dynamic_dimensions_of_the_inputs(tmp_path: Path) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

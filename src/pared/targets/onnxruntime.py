@@ -111,7 +111,7 @@ def to_onnx(
     with quiet(), hushed():
         try:
             exported = torch.onnx.export(
-                program, dynamo=True, verbose=False, custom_translation_table=dict(table) or None
+                program, dynamo=True, verbose=False, custom_translation_table={**clamps(), **table}
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise TargetError(f"{target}: the model cannot be written as ONNX: {str(error).splitlines()[0]}") from error
@@ -123,6 +123,25 @@ def to_onnx(
     strip(proto)
     name_dimensions(proto.graph, task)
     return proto
+
+
+def clamps() -> dict[Any, Any]:
+    """A clamp by two scalars that the model holds, as the one operator that it is.
+
+    The exporter writes a maximum and a minimum, and its optimizer joins them; of two clamps of the same tensor it loses
+    the bounds of one.
+    """
+    import torch
+    from onnxscript import opset18 as op
+
+    def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+        bounds = [bound for bound in (low, high) if bound is not None]
+        if len(bounds) == 2 and not any(bound.shape is None or len(bound.shape) for bound in bounds):
+            return op.Clip(x, op.CastLike(low, x), op.CastLike(high, x))
+        above = x if low is None else op.Max(x, op.CastLike(low, x))
+        return above if high is None else op.Min(above, op.CastLike(high, x))
+
+    return {torch.ops.aten.clamp.Tensor: clamp}
 
 
 def checked(proto: Any, target: str) -> bytes:
