@@ -35,7 +35,7 @@ from typing import Any
 
 import prune_jobs
 import torch
-from distillation import Data, Residual, block
+from distillation import Data, resnet20
 from harness import RESULTS, Results
 from prune_jobs import (
     CRITERIA,
@@ -102,24 +102,13 @@ EPOCHS = 15
 # --- networks ----------------------------------------------------------------------------------------------------
 
 
-def resnet20(widths: Sequence[int] = WIDTHS) -> nn.Module:
-    """20 layers for images of 32 x 32, with projections where the width changes: 272 thousand parameters, 41 M MACs.
-
-    Source: He et al. 2016, arXiv:1512.03385, section 4.2. Deviation: projections (their option B), not zeros.
-    """
-    a, b, c = widths
-    forms = [(a, a, 1)] * 3 + [(a, b, 2), (b, b, 1), (b, b, 1)] + [(b, c, 2), (c, c, 1), (c, c, 1)]
-    stages = [Residual(*form) for form in forms]
-    return nn.Sequential(*block(3, a), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
-
-
 def example() -> Tensor:
     return torch.zeros(2, 3, 32, 32)
 
 
 def fresh(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return resnet20()
+    return resnet20(WIDTHS)
 
 
 def load(kind: str, seed: int) -> nn.Module:
@@ -161,7 +150,12 @@ def trained(model: nn.Module, epochs: int, job: Mapping[str, Any], dense: nn.Mod
 def run_dense(job: Mapping[str, Any]) -> dict[str, Any]:
     model = trained(fresh(job["seed"]), prune_jobs.OPTIONS.dense_epochs, job)
     save(model, job["kind"], job["seed"], (), WIDTHS)
-    return {"epochs": prune_jobs.OPTIONS.epochs or prune_jobs.OPTIONS.dense_epochs, **judged(model)}
+    return {"epochs": spent([prune_jobs.OPTIONS.dense_epochs]), **judged(model)}
+
+
+def spent(rounds: Sequence[int]) -> int:
+    """Epochs of several trainings."""
+    return sum(prune_jobs.OPTIONS.epochs or epochs for epochs in rounds)
 
 
 def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +165,7 @@ def run_longer(job: Mapping[str, Any]) -> dict[str, Any]:
     model = trained(dense, epochs, job, dense)
     if job["phase"] == "final":
         save(model, job["kind"], job["seed"], (), WIDTHS)
-    return {"epochs": prune_jobs.OPTIONS.epochs or epochs, **judged(model, job)}
+    return {"epochs": spent([epochs]), **judged(model, job)}
 
 
 def run_small(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +179,7 @@ def run_small(job: Mapping[str, Any]) -> dict[str, Any]:
     model = trained(model, prune_jobs.OPTIONS.dense_epochs, {**job, "kind": "small", "lr": prune_jobs.OPTIONS.dense_lr})
     model = trained(model, EPOCHS, job, dense)
     save(model, job["kind"], job["seed"], plans_of("one-shot" + ending, job["seed"]), WIDTHS)
-    return {"epochs": 2 * prune_jobs.OPTIONS.epochs or prune_jobs.OPTIONS.dense_epochs + EPOCHS, **judged(model, job)}
+    return {"epochs": spent([prune_jobs.OPTIONS.dense_epochs, EPOCHS]), **judged(model, job)}
 
 
 def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +198,7 @@ def run_pruned(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["phase"] == "final":
         save(model, job["kind"], job["seed"], plans, WIDTHS)
     return {
-        "epochs": (prune_jobs.OPTIONS.epochs or 0) * len(rounds) or sum(rounds),
+        "epochs": spent(rounds),
         **facts,
         **judged(model, job),
         "widths": channels_of(model),
