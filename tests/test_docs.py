@@ -119,6 +119,13 @@ def test_hooks_show_a_lost_claim_as_lost(hooks: ModuleType, tmp_path: Path, monk
     assert "| size | 3.123 | >= 3.5 | **no** |" in hooks.results("speed")
 
 
+def test_hooks_name_the_script_that_made_the_figures(hooks: ModuleType) -> None:
+    for result in hooks.RESULTS.glob("*.json"):
+        named = re.search(r"NAME=(\w+)", hooks.results(result.stem))
+        assert named is not None
+        assert (ROOT / "benchmarks" / f"{named[1]}.py").exists(), result.stem
+
+
 def test_navigation_lists_every_page_once() -> None:
     listed = re.findall(
         r"^\s+- (?:\w+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf8"), re.MULTILINE
