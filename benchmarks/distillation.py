@@ -36,7 +36,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +385,7 @@ NETWORKS = {"fashion": (fashion_student, fashion_teacher), "cifar": (cifar_stude
 OPTIONS: argparse.Namespace
 LOADED: dict[str, Data] = {}
 POOL: list[concurrent.futures.ProcessPoolExecutor] = []
+KEYS = ("phase", "set", "kind", "setting", "seed")
 
 
 def set_up(options: argparse.Namespace) -> None:
@@ -466,28 +467,35 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1), "device": device}
 
 
-def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
-    """Run the jobs that no row answers yet, several processes at once."""
-    keys = ("phase", "set", "kind", "setting", "seed")
+def work_through(
+    jobs: list[dict[str, Any]],
+    results: Results,
+    options: argparse.Namespace,
+    *,
+    do: Callable[[Mapping[str, Any]], dict[str, Any]] = run,
+    start: Callable[[argparse.Namespace], None] = set_up,
+    keys: Sequence[str] = KEYS,
+) -> None:
+    """Run the jobs that no row answers yet, several processes at once.
+
+    Args:
+        do: Makes the row of a job.
+        start: What a process does once.
+        keys: What a job and its row are known by.
+    """
     left = [job for job in jobs if results.done(**{key: job[key] for key in keys}) is None]
     if not left:
         return
     if options.jobs == 1:
-        set_up(options)
+        start(options)
         for job in left:
-            results.add(run(job))
+            results.add(do(job))
         return
-    for done in concurrent.futures.as_completed([workers(options).submit(run, job) for job in left]):
+    if not POOL:  # its processes keep the data on the device from phase to phase
+        rest: dict[str, Any] = {"mp_context": multiprocessing.get_context("spawn"), "initializer": start}
+        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, initargs=(options,), **rest))
+    for done in concurrent.futures.as_completed([POOL[0].submit(do, job) for job in left]):
         results.add(done.result())
-
-
-def workers(options: argparse.Namespace) -> concurrent.futures.ProcessPoolExecutor:
-    """The processes, which keep the data on the device from phase to phase."""
-    if not POOL:
-        spawn = multiprocessing.get_context("spawn")
-        rest: dict[str, Any] = {"mp_context": spawn, "initializer": set_up, "initargs": (options,)}
-        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, **rest))
-    return POOL[0]
 
 
 # --- phases ------------------------------------------------------------------------------------------------------

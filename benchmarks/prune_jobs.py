@@ -7,9 +7,7 @@ left in --work, where later jobs find it, in this process or in another.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +35,6 @@ KEYS = ("phase", "kind", "setting", "seed")
 PLANNING = 4  # batches of 256 images that saliencies look at
 
 OPTIONS: argparse.Namespace
-POOL: list[concurrent.futures.ProcessPoolExecutor] = []
 
 
 def set_up(options: argparse.Namespace) -> None:
@@ -157,20 +154,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
     """Run the jobs that no row answers yet, several processes at once."""
-    left = [job for job in jobs if results.done(**{key: job[key] for key in KEYS}) is None]
-    if not left:
-        return
-    if options.jobs == 1:
-        set_up(options)
-        for job in left:
-            results.add(run(job))
-        return
-    if not POOL:
-        spawn = multiprocessing.get_context("spawn")
-        rest: dict[str, Any] = {"mp_context": spawn, "initializer": set_up, "initargs": (options,)}
-        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, **rest))
-    for done in concurrent.futures.as_completed([POOL[0].submit(run, job) for job in left]):
-        results.add(done.result())
+    distillation.work_through(jobs, results, options, do=run, start=set_up, keys=KEYS)
 
 
 def best(results: Results, kind: str, choice: str = "") -> tuple[str, float]:
@@ -189,5 +173,5 @@ def go_through(
     """The phases that were asked for, one after the other."""
     for phase in phases if "all" in options.phase else options.phase:
         phases[phase](results, options)
-    for pool in POOL:
+    for pool in distillation.POOL:
         pool.shutdown()
