@@ -249,7 +249,9 @@ def final(results: Results, options: argparse.Namespace) -> None:
                 job_of(run_small, "final", "small" + ending, seed, rate, source=source),
             ]
     wanted = [job for job in jobs if not options.only or job["kind"] in options.only]
-    work_through(wanted, results, options)
+    small = [job for job in wanted if job["run"] is run_small]  # these take the widths of the others
+    work_through([job for job in wanted if job not in small], results, options)
+    work_through(small, results, options)
 
 
 def criteria(results: Results, options: argparse.Namespace) -> None:
