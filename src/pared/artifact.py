@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pared.errors import ArtifactError, DataError, ModelError, nearest
+from pared.interrupts import uninterrupted
 from pared.loading import load_weights
 from pared.measure.environment import usable_cores, version_of
 from pared.report.data import Report
@@ -173,7 +174,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
             node.meta.update(kept)
     program._example_inputs = None
     buffer = io.BytesIO()  # PyTorch's own writer says of a full disk only that it failed
-    torch.export.save(program, buffer)
+    with uninterrupted():
+        torch.export.save(program, buffer)
     path.write_bytes(buffer.getbuffer())
 
 

@@ -248,6 +248,19 @@ def test_the_last_checkpoint_is_kept_when_the_disk_is_full(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def test_a_checkpoint_is_written_whole_when_ctrl_c_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.pt"
+    monkeypatch.setattr(os, "fsync", lambda number: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoint(epoch=2, model={"x": torch.zeros(10)}).save(file)
+    found = Checkpoint.load(file)
+    assert found is not None
+    assert found.epoch == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 def train_many_epochs(work: Path) -> dict[str, bytes]:
     """A training of 200 quick epochs; run in a process of its own too."""
     torch.set_num_threads(1)

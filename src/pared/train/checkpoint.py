@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ArtifactError, TrainError
+from pared.interrupts import uninterrupted
 from pared.task import Task
 
 FORMAT = 1
@@ -56,11 +57,12 @@ class Checkpoint:
         payload = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save({"format": FORMAT} | payload, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            with uninterrupted():
+                with part.open("wb") as file:
+                    torch.save({"format": FORMAT} | payload, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(path)
         except (OSError, RuntimeError) as error:  # PyTorch's writer reports a full disk as either
             raise TrainError(
                 f"the checkpoint of epoch {self.epoch} cannot be written to {path} ({error}); "
