@@ -104,16 +104,39 @@ def test_plan_lists_the_pairs_and_exits_that_were_chosen(model: nn.Module, make_
     ]
     assert relational == [{"student": "7", "teacher": "7", "student_shape": [8], "teacher_shape": [16]}]
     assert plan.facts["notes"] == [
-        "Distill: teacher offline 'big', response kl",
+        "Distill: teacher offline 'big', response kl, alpha 0.9, temperature 4",
         "Distill: hint compares 2 with the teacher's 2, 5 with the teacher's 5",
         "Distill: relational compares 7 with the teacher's 7",
     ]
     plan = Distill(teacher="deep").plan(model, make_context())
     assert plan.facts["exits"] == [{"layer": "2", "shape": [4, 8, 8]}]
     assert plan.facts["deepest"] == {"layer": "5", "shape": [8, 4, 4]}
-    assert plan.facts["notes"] == ["Distill: teacher deep, response kl", "Distill: exits at 2, taught by 5"]
+    assert plan.facts["notes"] == [
+        "Distill: teacher deep, response kl, alpha 0.3, temperature 3",
+        "Distill: exits at 2, taught by 5",
+    ]
     named = Distill(teacher=SelfDeep(exits=["[12]"])).plan(model, make_context())
     assert [item["layer"] for item in named.facts["exits"]] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("step", "usual"),
+    [
+        (Distill(), (4.0, 0.9)),
+        (Distill(teacher="born_again"), (1.0, 0.5)),
+        (Distill(teacher="average"), (1.0, 0.2)),
+        (Distill(teacher="online"), (1.0, 0.5)),
+        (Distill(teacher="deep"), (3.0, 0.3)),
+        (Distill(teacher="online", temperature=2), (2.0, 0.5)),
+        (Distill(teacher="online", alpha=0.0), (1.0, 0.0)),
+        (Distill(temperature=1.0, alpha=1.0), (1.0, 1.0)),
+    ],
+)
+def test_temperature_and_alpha_suit_the_teacher_when_not_given(
+    step: Distill, usual: tuple[float, float], model: nn.Module, make_context: MakeContext
+) -> None:
+    plan = step.plan(model, make_context())
+    assert (plan.facts["temperature"], plan.facts["alpha"]) == usual
 
 
 def test_plan_tells_teachers_apart_when_one_weight_differs(model: nn.Module, make_context: MakeContext) -> None:

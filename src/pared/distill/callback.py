@@ -43,10 +43,11 @@ class Distilling(Callback):
         self.own = nn.ModuleDict()  # what trains beside the student, and goes when the training ends
         self.device = torch.device("cpu")
         self.flaws: Tensor | None = None
-        kind = self.facts["response"]
+        kind: Any = self.facts["response"]
+        self.alpha: float = self.facts["alpha"]
         self.respond: ResponseLoss | None = None
         if kind != "none":
-            self.respond = ResponseLoss(kind=kind, temperature=settings.temperature, beta=settings.beta)
+            self.respond = ResponseLoss(kind=kind, temperature=self.facts["temperature"], beta=settings.beta)
 
     def on_start(self, model: nn.Module) -> nn.Module:
         self.device = next((tensor.device for tensor in model.parameters()), self.device)
@@ -74,8 +75,7 @@ class Distilling(Callback):
         """(1 - alpha) * the loss so far + alpha * the response's loss."""
         if self.respond is None:
             return current
-        alpha = self.settings.alpha
-        return (1 - alpha) * current + alpha * self.response(student, teacher, target)
+        return (1 - self.alpha) * current + self.alpha * self.response(student, teacher, target)
 
     def response(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
         """The response's loss. Raises: DataError where it needs labels and there are none."""

@@ -59,7 +59,7 @@ class Peers(Distilling):
     def mixed(self, own: Tensor, i: int, said: list[Tensor], target: Any) -> Tensor:
         """The loss of network `i`, from its loss on the labels and what all of them said."""
         others = [self.response(said[i], said[j].detach(), target) for j in range(len(said)) if j != i]
-        return (1 - self.settings.alpha) * own + self.settings.alpha * sum(others) / len(others)
+        return (1 - self.alpha) * own + self.alpha * sum(others) / len(others)
 
     def on_end(self, model: nn.Module) -> nn.Module:
         self.own = nn.ModuleDict()

@@ -40,11 +40,20 @@ class Distill:
 
     changes: ClassVar[bool] = False
 
-    temperature: Temperature = 4.0
+    temperature: Annotated[
+        Temperature | None,
+        pydantic.Field(
+            description="What both outputs are divided by before they become probabilities. None: 4 for a teacher that "
+            "is trained already, 3 for exits, 1 for teachers of the student's own size."
+        ),
+    ] = None
     alpha: Annotated[
-        float,
-        pydantic.Field(description="Share of the response; the rest is the loss on the labels.", ge=0, le=1),
-    ] = 0.9
+        Annotated[float, pydantic.Field(ge=0, le=1)] | None,
+        pydantic.Field(
+            description="Share of the response; the rest is the loss on the labels. None: 0.9 for a teacher that is "
+            "trained already, 0.5 for peers and for one born again, 0.3 for exits, 0.2 for an average."
+        ),
+    ] = None
     response: Annotated[
         Response,
         pydantic.Field(
@@ -84,6 +93,9 @@ class Distill:
         student = anatomy(model, ctx.task)
         facts: dict[str, Any] = {"teacher": self.teacher.kind, "output": list(student.output.shape[1:])}
         facts["response"] = response_for(ctx, student.output) if self.response == "auto" else self.response
+        usual = self.teacher.usual
+        facts["temperature"] = usual.temperature if self.temperature is None else self.temperature
+        facts["alpha"] = usual.alpha if self.alpha is None else self.alpha
         if isinstance(self.teacher, SelfDeep):
             facts |= exits_of(student, self.teacher)
         elif isinstance(self.teacher, Online):
@@ -95,7 +107,10 @@ class Distill:
     def notes(self, facts: Mapping[str, Any]) -> list[str]:
         """What a plan's facts say, in words."""
         name = f" {self.teacher.name!r}" if isinstance(self.teacher, Offline) else ""
-        lines = [f"teacher {self.teacher.kind}{name}, response {facts['response']}"]
+        share = (
+            "" if facts["response"] == "none" else f", alpha {facts['alpha']:g}, temperature {facts['temperature']:g}"
+        )
+        lines = [f"teacher {self.teacher.kind}{name}, response {facts['response']}{share}"]
         for item, pairs in zip(self.knowledge, facts.get("pairs", ()), strict=True):
             found = ", ".join(f"{pair['student']} with the teacher's {pair['teacher']}" for pair in pairs)
             lines.append(f"{item.kind} compares {found}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -19,9 +19,18 @@ from pared.train.step import is_exported
 DENSE = "dense"
 
 
+class Usual(NamedTuple):
+    """What a way of meeting takes where the user names neither."""
+
+    temperature: float
+    alpha: float
+
+
 @settings
 class Offline:
     """A teacher that is trained already, and stays as it is."""
+
+    usual: ClassVar[Usual] = Usual(4.0, 0.9)
 
     kind: Annotated[Literal["offline"], pydantic.Field(description="Name in recipes.")] = "offline"
     name: Annotated[
@@ -40,12 +49,18 @@ class Offline:
 class BornAgain:
     """The model as this training finds it teaches one of the same kind that starts from fresh weights."""
 
+    # Furlanello et al. 2018, arXiv:1805.04770, equation 5: the labels' loss and the teacher's, as they are.
+    usual: ClassVar[Usual] = Usual(1.0, 0.5)
+
     kind: Annotated[Literal["born_again"], pydantic.Field(description="Name in recipes.")] = "born_again"
 
 
 @settings
 class AverageTeacher:
     """The moving average of the student's own weights (mean teacher)."""
+
+    # An average is hardly ahead of its student, and holds it back where it weighs much.
+    usual: ClassVar[Usual] = Usual(1.0, 0.2)
 
     kind: Annotated[Literal["average"], pydantic.Field(description="Name in recipes.")] = "average"
     decay: Annotated[
@@ -57,6 +72,9 @@ class AverageTeacher:
 @settings
 class Online:
     """Peers that learn together, each from the labels and from all others (deep mutual learning)."""
+
+    # Zhang et al. 2018, arXiv:1706.00384: both losses alike. A high temperature lets new networks agree on nothing.
+    usual: ClassVar[Usual] = Usual(1.0, 0.5)
 
     kind: Annotated[Literal["online"], pydantic.Field(description="Name in recipes.")] = "online"
     peers: Annotated[
@@ -75,6 +93,9 @@ class Online:
 @settings
 class SelfDeep:
     """The student's deepest layers teach its shallower ones, through exits that go when the training ends (BYOT)."""
+
+    # Zhang et al. 2019, arXiv:1905.08094.
+    usual: ClassVar[Usual] = Usual(3.0, 0.3)
 
     kind: Annotated[Literal["deep"], pydantic.Field(description="Name in recipes.")] = "deep"
     exits: Annotated[
