@@ -11,14 +11,11 @@ seed of their own; accuracy on test is of the quantized program. Rows are kept, 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +39,7 @@ EPOCHS = {"fashion": 4, "cifar": 4}
 FLOAT_EPOCHS = 8
 BITS = (8, 4)
 TUNING_SEED = 100
+KEYS = ("phase", "set", "bits", "method", "seed", "setting")
 GRID: dict[str, list[dict[str, Any]]] = {
     "fashion": [
         {"lr": lr, "scales": scales, "freeze_after": after}
@@ -79,7 +77,7 @@ def train_float(data: base.Data, seed: int) -> nn.Module:
 
 def step_of(job: Mapping[str, Any], epochs: int) -> Any:
     """The step that makes the program of a job."""
-    bits, setting = job["bits"], job["setting"]
+    bits, setting = job["bits"], json.loads(job["setting"])
     if job["method"] == "post-training":
         ranges = "minmax" if bits == 8 else "mse"
         return pared.QuantizeStatic(
@@ -118,8 +116,8 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             ctx = Context(task=task, target=find_target("onnxruntime"), work=Path(work), dense=model, seed=seed)
             model = step.apply(model, step.plan(model, ctx), ctx)
-    row = {key: job[key] for key in ("phase", "set", "bits", "method", "seed")}
-    row |= {"setting": json.dumps(job["setting"]), "accuracy": accuracy(model, data, job["role"]), "role": job["role"]}
+    row = {key: job[key] for key in KEYS}
+    row |= {"accuracy": accuracy(model, data, job["role"]), "role": job["role"]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return row | {"seconds": round(time.perf_counter() - start, 1), "device": device}
 
@@ -142,33 +140,7 @@ def accuracy(model: nn.Module, data: base.Data, role: str) -> float:
 def job_of(phase: str, name: str, method: str, bits: int, seed: int, setting: Mapping[str, Any]) -> dict[str, Any]:
     role = "validation" if phase == "tune" else "test"
     given = {"phase": phase, "set": name, "method": method, "bits": bits, "seed": seed}
-    return given | {"setting": dict(setting), "role": role}
-
-
-def work_through(jobs: list[dict[str, Any]], results: Results, options: argparse.Namespace) -> None:
-    """Run the jobs that no row answers yet, several processes at once."""
-    keys = ("phase", "set", "bits", "method", "seed")
-    left = [
-        job
-        for job in jobs
-        if results.done(setting=json.dumps(job["setting"]), **{key: job[key] for key in keys}) is None
-    ]
-    if options.jobs == 1 or len(left) < 2:
-        base.set_up(options)
-        for job in left:
-            results.add(run(job))
-        return
-    with concurrent.futures.ProcessPoolExecutor(
-        min(options.jobs, len(left)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=base.set_up,
-        initargs=(options,),
-    ) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(run, job) for job in left]):
-            if (error := done.exception()) is not None:
-                traceback.print_exception(error)  # the other jobs go on; this one's row is missing
-            else:
-                results.add(done.result())
+    return given | {"setting": json.dumps(setting), "role": role}
 
 
 def best(results: Results, name: str, bits: int) -> dict[str, Any]:
@@ -217,7 +189,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two settings; rows go to trial/")
     parser.add_argument("--claims", action="store_true", help="only say what the rows are worth")
     options = parser.parse_args()
-    options.precision = "32"  # what `base.trained` reads
+    options.precision, options.teacher_width = "32", 0  # what `distillation` reads
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     results = Results("aware", folder=options.out / "trial" if options.quick else options.out)
@@ -227,13 +199,14 @@ def main() -> None:
     name, seeds = options.set, range(options.seeds)
     if not options.claims:
         floats = [job_of("tune", name, "float", 32, TUNING_SEED, {})] if name == "fashion" else []
-        work_through([*floats, *(job_of("final", name, "float", 32, seed, {}) for seed in seeds)], results, options)
+        floats += [job_of("final", name, "float", 32, seed, {}) for seed in seeds]
+        base.work_through(floats, results, options, do=run, keys=KEYS)
         grid = GRID[name][: 2 if options.quick else None]
         tuned = [job_of("tune", name, "aware", bits, TUNING_SEED, setting) for bits in BITS for setting in grid]
-        work_through(tuned, results, options)
+        base.work_through(tuned, results, options, do=run, keys=KEYS)
         last = [job_of("final", name, "aware", b, s, best(results, name, b)) for b in BITS for s in seeds]
         last += [job_of("final", name, "post-training", b, s, {}) for b in BITS for s in seeds]
-        work_through(last, results, options)
+        base.work_through(last, results, options, do=run, keys=KEYS)
     claims(results, [n for n in ("fashion", "cifar") if values(results, n, "post-training", 4)])
 
 
