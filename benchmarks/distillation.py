@@ -135,7 +135,7 @@ GRIDS: dict[str, list[Any]] = {
     "relations: distances and angles": [(features_only(Relational(weight=0.1, distance=25, angle=50)), 2.0)],
     "relations: similarities": [(features_only(Similarity(weight=w)), 2.0) for w in (300.0, 3000.0)],
     "online: two peers": [
-        Distill(teacher=Online(peers=1), temperature=1, alpha=0.2),
+        *at_rates(Distill(teacher=Online(peers=1), temperature=1, alpha=0.2)),
         (Distill(teacher=Online(peers=1), temperature=1, alpha=0.5), 2.0),
     ],
     "self: exits": at_rates(Distill(teacher=SelfDeep(), temperature=3, alpha=0.3)),
