@@ -253,8 +253,12 @@ def test_a_checkpoint_is_written_whole_when_ctrl_c_comes_meanwhile(
 ) -> None:
     file = tmp_path / "a.pt"
     monkeypatch.setattr(os, "fsync", lambda number: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        Checkpoint(epoch=2, model={"x": torch.zeros(10)}).save(file)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background runs ignore Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Checkpoint(epoch=2, model={"x": torch.zeros(10)}).save(file)
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = Checkpoint.load(file)
     assert found is not None
     assert found.epoch == 2
