@@ -59,7 +59,7 @@ class BornAgain:
 class AverageTeacher:
     """The moving average of the student's own weights (mean teacher)."""
 
-    # An average is hardly ahead of its student, and holds it back where it weighs much.
+    # By trial: an average is hardly ahead of its student, and holds it back where it weighs much.
     usual: ClassVar[Usual] = Usual(1.0, 0.2)
 
     kind: Annotated[Literal["average"], pydantic.Field(description="Name in recipes.")] = "average"
@@ -94,7 +94,7 @@ class Online:
 class SelfDeep:
     """The student's deepest layers teach its shallower ones, through exits that go when the training ends (BYOT)."""
 
-    # Zhang et al. 2019, arXiv:1905.08094.
+    # By trial: the best of three for small networks on Fashion-MNIST.
     usual: ClassVar[Usual] = Usual(3.0, 0.3)
 
     kind: Annotated[Literal["deep"], pydantic.Field(description="Name in recipes.")] = "deep"
