@@ -57,8 +57,9 @@ check: $(VENV)/dev.stamp
 	@$(BIN)/python scripts/check_limits.py
 
 # Two processes of one thread each: most of the time is spent in Python, which uses one core. A file stays in one of them.
+# Where one of them dies, the run ends and names the test; pytest-xdist would put another in its place and wait forever.
 test: $(VENV)/torchvision.stamp
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 contract: $(VENV)/torchvision.stamp
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m contract tests

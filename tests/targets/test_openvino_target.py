@@ -7,6 +7,7 @@ import functools
 import json
 import re
 import socket
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +29,7 @@ from pared.quantize.static import QuantizeStatic
 from pared.step import Context, Plan
 from pared.targets.bench import bench
 from pared.targets.openvino import OpenVino
+from pared.targets.openvino_session import core
 from pared.targets.sessions import InputSpec, files_of, open_session, size_of
 from pared.task import Inputs, Task, call
 from zoo_models import ZOO
@@ -63,7 +65,7 @@ def like(inputs: Inputs, size: int) -> Inputs:
 
 def operators(file: Path) -> Counter[str]:
     """How often OpenVINO runs each kind of operator, with the type that it computes on."""
-    model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     notes = [node.get_rt_info() for node in model.get_runtime_model().get_ordered_ops()]
     return Counter(f"{note['layerType'].astype(str)} {note['runtimePrecision'].astype(str)}" for note in notes)
 
@@ -301,6 +303,31 @@ def test_open_says_what_is_wrong_when_the_file_is_no_model(tmp_path: Path) -> No
     (tmp_path / "broken.xml").write_text("not a model")
     with pytest.raises(TargetError, match=r"openvino refuses broken\.xml"):
         open_session("openvino", tmp_path / "broken.xml", threads=1)
+
+
+INTERRUPTED = """
+import gc, signal, sys
+from pathlib import Path
+from pared.targets.sessions import open_session
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background runs ignore Ctrl-C
+file = Path(sys.argv[1])
+first, second = (open_session("openvino", file, threads=1) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_is_heard_when_two_sessions_have_come_and_gone(tmp_path: Path) -> None:
+    file = tmp_path / "m.xml"
+    TARGET.export(nn.Linear(2, 2).eval(), Task(example_inputs=(torch.ones(1, 2),)), file)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(file)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_target_says_what_to_install_when_the_runtime_is_missing(

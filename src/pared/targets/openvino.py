@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pared.errors import TargetError
 from pared.targets.onnxruntime import SCHEME as ONNXRUNTIME
 from pared.targets.onnxruntime import checked, to_onnx
-from pared.targets.openvino_session import NAMES, last_line
+from pared.targets.openvino_session import NAMES, core, last_line
 from pared.targets.sessions import OpenSession, not_installed, open_session
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class OpenVino:
             finish=onnx_weights.unfold,
         )
         try:
-            made = openvino.Core().read_model(checked(proto, self.name))
+            made = core().read_model(checked(proto, self.name))
             # What OpenVINO does first with any file: it halves the graph, and takes nothing out of integers.
             apply_moc_transformations(made, cf=False, smart_reshape=False)
             names = {

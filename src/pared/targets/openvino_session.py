@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,18 @@ DTYPES = {
 }
 
 
+@functools.cache
+def core() -> Any:
+    """OpenVINO's `Core`, the same for all that this process does. Raises: ImportError.
+
+    On processors with AMX a core gives the thread that makes it a stack for signals, and takes that away when it goes.
+    Where two have lived at once the thread may be left with one that is gone; then Ctrl-C kills the process wordlessly.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoSession:
     """OpenVINO IR, or an ONNX file, in OpenVINO on the CPU.
 
@@ -50,10 +63,9 @@ class OpenVinoSession:
             "ENABLE_CPU_PINNING": False,
         }
         try:
-            core = openvino.Core()
-            read = core.read_model(str(path))
+            read = core().read_model(str(path))
             names = json.loads(read.get_rt_info(NAMES).astype(str)) if read.has_rt_info(NAMES) else {}
-            self.model = core.compile_model(read, "CPU", settings)
+            self.model = core().compile_model(read, "CPU", settings)
             self.request = self.model.create_infer_request()
         except RuntimeError as error:
             raise TargetError(f"openvino refuses {path.name}: {last_line(error)}") from None
