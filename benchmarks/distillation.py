@@ -35,6 +35,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ from pared.distill import (
 from pared.step import Context, settings_of
 from pared.train.hardware import Hardware
 from pared.train.optimizers import SGD
+from pared.train.processes import end_with_parent
 from pared.train.schedules import Cosine
 
 ISSUE = 4
@@ -84,9 +86,12 @@ SETS: dict[str, dict[str, Any]] = {
     },
     "cifar": {
         "epochs": 12,
-        "teacher_epochs": 30,
-        "teacher_width": 16,
+        "teacher_epochs": 28,
+        "teacher_width": 64,
         "shift": 4,
+        "hole": 10,
+        "views": True,
+        "teacher_precision": "bf16",
         "size": 32,
         "channels": 3,
         "batch": BATCH,
@@ -168,11 +173,21 @@ class OnDevice:
         labels: int64, shape (N,).
         statistics: Mean and deviation of a channel's pixels, each of shape (1, channels, 1, 1), of values 0 to 1.
         shift: Pixels that an image moves by at most, with mirroring; 0 takes images as they are.
+        hole: Side of a square that is blotted out, anywhere, parts of it beyond the edge; 0 for none.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor], *, batch: int, shift: int):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        statistics: tuple[Tensor, Tensor],
+        *,
+        batch: int,
+        shift: int,
+        hole: int = 0,
+    ) -> None:
         self.images, self.labels, self.statistics = images, labels, statistics
-        self.batch, self.shift = batch, shift
+        self.batch, self.shift, self.hole = batch, shift, hole
         self.generator = torch.Generator()
         self.epoch = 0
 
@@ -187,14 +202,17 @@ class OnDevice:
         draw = torch.Generator().manual_seed(self.generator.initial_seed())
         order = torch.randperm(len(self.images), generator=draw)
         moves = torch.randint(0, 2 * self.shift + 1, (3, len(order)), generator=draw)
+        holes = torch.randint(0, self.images.shape[-1], (2, len(order)), generator=draw)
         device = self.images.device
-        order, moves = order.to(device), moves.to(device)
+        order, moves, holes = order.to(device), moves.to(device), holes.to(device)
         mean, deviation = self.statistics
         for start in range(0, len(order), self.batch):
             index, move = order[start : start + self.batch], moves[:, start : start + self.batch]
             x = self.images[index]
             x = shifted(x, move, self.shift) if self.shift else x
-            yield (x.float() / 255 - mean) / deviation, self.labels[index]
+            x = (x.float() / 255 - mean) / deviation
+            x = x * outside(holes[:, start : start + self.batch], self.hole, x.shape[-1]) if self.hole else x
+            yield x, self.labels[index]
 
 
 def shifted(x: Tensor, moves: Tensor, most: int) -> Tensor:
@@ -207,6 +225,13 @@ def shifted(x: Tensor, moves: Tensor, most: int) -> Tensor:
     which = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(channels, device=x.device)[None, :, None, None]
     return padded[which, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def outside(centres: Tensor, side: int, size: int) -> Tensor:
+    """False in a square of each image, shape (N, 1, size, size). Source: DeVries and Taylor 2017, arXiv:1708.04552."""
+    at = torch.arange(size, device=centres.device)
+    rows, columns = ((at - centre[:, None]).abs() > side // 2 for centre in centres)
+    return (rows[:, :, None] | columns[:, None, :])[:, None]
 
 
 def fashion_arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -272,8 +297,8 @@ class Data:
         self.test = part("test", slice(options.samples or None))
         self.form = SETS[name]
 
-    def task(self, shift: int, batch: int = 0) -> pared.Task:
-        source = OnDevice(*self.train, self.statistics, batch=batch or OPTIONS.batch, shift=shift)
+    def task(self, shift: int, batch: int = 0, hole: int = 0) -> pared.Task:
+        source = OnDevice(*self.train, self.statistics, batch=batch or OPTIONS.batch, shift=shift, hole=hole)
         example = torch.zeros(2, self.form["channels"], self.form["size"], self.form["size"])
         return pared.Task(example_inputs=example, train=source, loss=nn.CrossEntropyLoss())
 
@@ -347,9 +372,36 @@ class Residual(nn.Module):
 
 
 def cifar_teacher() -> nn.Module:
-    """ResNet-20, 272 thousand parameters where `--teacher-width` is 16; that of `prune_cifar.py`."""
+    """A residual network that halves the image early, 2.5 million parameters where `--teacher-width` is 64.
+
+    ResNet-20 stays below 88 % on these JPEG images. This one has four times its work, in layers that bf16 units like.
+    """
     width: int = OPTIONS.teacher_width or SETS["cifar"]["teacher_width"]
-    return resnet20((width, 2 * width, 4 * width))
+    stages = [*pooled(width // 2, width), *pooled(width, 3 * width), *pooled(3 * width, 4 * width)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(*block(3, width // 2), *stages, *head)
+
+
+def pooled(inputs: int, outputs: int) -> list[nn.Module]:
+    """A convolution that widens and halves the image, and two with a shortcut."""
+    convolution, *rest = block(inputs, outputs)
+    return [convolution, nn.MaxPool2d(2), *rest, Residual(outputs, outputs, 1)]
+
+
+class Views(nn.Module):
+    """A teacher's mean answer to an image and to its mirror, in bf16, which is enough where nothing is trained.
+
+    Shapes: (N, 3, size, size) to (N, classes), float32.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            both = self.net(torch.cat([x, x.flip(-1)])).float()
+        return both.view(2, len(x), -1).mean(0)
 
 
 def resnet20(widths: Sequence[int]) -> nn.Module:
@@ -432,6 +484,7 @@ def trained(
     distill: Any,
     dense: nn.Module,
     decay: float = DECAY,
+    precision: str = "",
 ) -> nn.Module:
     """The model after `pared.Train`, with or without `pared.Distill`."""
     during = () if distill is None else (distill,)
@@ -441,7 +494,7 @@ def trained(
         lr=lr,
         optimizer=optimizer,
         schedule=Cosine(warmup_epochs=0.5),
-        hardware=Hardware(precision=OPTIONS.precision),
+        hardware=Hardware(precision=precision or OPTIONS.precision),
         during=during,
     )
     if not torch.cuda.is_available():  # a CPU computes faster in this layout
@@ -469,20 +522,23 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     form = data.form
     if kind == "teacher":
         epochs = OPTIONS.epochs or form["teacher_epochs"]
-        task = data.task(form["shift"], BATCH)
+        task = data.task(form["shift"], BATCH, form.get("hole", 0))
         model = fresh_of(teacher, seed)
         if OPTIONS.teacher_from:
             epochs = None
             model.load_state_dict(load_file(OPTIONS.teacher_from))
         else:
-            model = trained(model, task, epochs, job["lr"], seed, None, nn.Identity())
+            precision = form.get("teacher_precision", "")
+            model = trained(model, task, epochs, job["lr"], seed, None, nn.Identity(), precision=precision)
         OPTIONS.teachers.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), teacher_file(name))
+        model = Views(model) if form.get("views") else model
     else:
         if not teacher_file(name).exists():
             raise FileNotFoundError(f"no teacher at {teacher_file(name)}; run --phase teacher first")
         dense = teacher()
         dense.load_state_dict(load_file(teacher_file(name)))
+        dense = Views(dense) if form.get("views") else dense
         epochs = OPTIONS.epochs or form["epochs"]
         model, task = fresh_of(student, seed), data.task(OPTIONS.shift if name == "fashion" else form["shift"])
         distill = job["distill"]
@@ -494,6 +550,12 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     row |= {"accuracy": data.accuracy(model, job["role"]), "role": job["role"], "params": counted}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return row | {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1), "device": device}
+
+
+def begin(start: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> None:
+    """The first thing a worker process does: watch its parent, so that it does not outlive one that is killed."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    start(options)
 
 
 def work_through(
@@ -521,8 +583,8 @@ def work_through(
             results.add(do(job))
         return
     if not POOL:  # its processes keep the data on the device from phase to phase
-        rest: dict[str, Any] = {"mp_context": multiprocessing.get_context("spawn"), "initializer": start}
-        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, initargs=(options,), **rest))
+        rest: dict[str, Any] = {"mp_context": multiprocessing.get_context("spawn"), "initializer": begin}
+        POOL.append(concurrent.futures.ProcessPoolExecutor(options.jobs, initargs=(start, options), **rest))
     for done in concurrent.futures.as_completed([POOL[0].submit(do, job) for job in left]):
         results.add(done.result())
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from pared.artifact import save_program
 from pared.interrupts import uninterrupted
 
 
@@ -45,3 +50,19 @@ def test_a_thread_leaves_the_handler_alone() -> None:
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGINT)]
+
+
+def test_a_program_is_written_whole_when_ctrl_c_comes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, model, write, written = torch.ones(1, 2), nn.Linear(2, 2).eval(), torch.export.save, []
+
+    def interrupted(program: Any, buffer: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write(program, buffer)
+        written.append(torch.export.load(buffer).module()(x))
+
+    monkeypatch.setattr(torch.export, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_program(torch.export.export(model, (x,)), tmp_path / "program.pt2")
+    assert torch.equal(written[0], model(x))
