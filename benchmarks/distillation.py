@@ -1,4 +1,4 @@
-"""Every kind of distillation on Fashion-MNIST, and a MobileNetV2 taught by a ResNet on CIFAR-10: accuracy on test.
+"""Every kind of distillation on Fashion-MNIST, and a MobileNetV2 taught on CIFAR-10: accuracy on test.
 
     python benchmarks/distillation.py --set fashion --data FOLDER [--jobs 11] [--seeds 5]
     python benchmarks/distillation.py --set cifar --data FOLDER [--jobs 4] [--seeds 4]
