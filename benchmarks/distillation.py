@@ -89,7 +89,7 @@ SETS: dict[str, dict[str, Any]] = {
         "teacher_epochs": 28,
         "teacher_width": 64,
         "shift": 4,
-        "hole": 10,
+        "hole": 11,
         "views": True,
         "teacher_precision": "bf16",
         "size": 32,
@@ -173,7 +173,7 @@ class OnDevice:
         labels: int64, shape (N,).
         statistics: Mean and deviation of a channel's pixels, each of shape (1, channels, 1, 1), of values 0 to 1.
         shift: Pixels that an image moves by at most, with mirroring; 0 takes images as they are.
-        hole: Side of a square that is blotted out, anywhere, parts of it beyond the edge; 0 for none.
+        hole: Side of a square that is blotted out, odd, anywhere, parts of it beyond the edge; 0 for none.
     """
 
     def __init__(
