@@ -711,8 +711,10 @@ def claims(results: Results, data: str) -> None:
     what += f" (standard error {error:.2f})" if data == "cifar" else ""
     results.claim(ISSUE, what, points, ">=", 0.5 if data == "fashion" else 1.0)
     if data == "cifar":
-        for kind in found.keys() - {ALONE, RESPONSE}:  # rows of another teacher
-            points, error = gain(found[kind], alone)
+        for kind, values in found.items():
+            if kind in (ALONE, RESPONSE):
+                continue
+            points, error = gain(values, alone)  # of another teacher
             results.claim(ISSUE, f"{kind}: gain in points (standard error {error:.2f})", points, ">=", 1.0)
         return
     results.claim(ISSUE, "the same, in standard errors", points / error, ">=", 2.0)
